@@ -1,0 +1,68 @@
+"""mergekit_lite: model merging made understandable.
+
+::
+
+    import mergekit_lite as mkl
+
+    suite = mkl.load_suite("pocket8")               # real images and checkpoints: no download, no GPU
+    tv = suite.task_vectors                         # or mkl.TaskVectors(base, experts)
+    merged = mkl.task_arithmetic(tv, scale=0.2)     # a plain state dict
+    suite.evaluate(merged)                          # accuracy per task
+
+Importing the package needs torch alone; timm, pandas, matplotlib and ipywidgets load where they are used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lite.checkpoints import CheckpointError, load, merge_files, save
+from mergekit_lite.data_free import (
+    analogy,
+    average,
+    linear_interpolation,
+    negation,
+    pcb,
+    slerp,
+    task_arithmetic,
+    ties,
+    tsv,
+)
+from mergekit_lite.registry import Method, Need, method, methods, methods_table
+from mergekit_lite.task_vectors import TaskVectors
+
+if TYPE_CHECKING:
+    from mergekit_lite.suites import Recipe, Suite, load_suite
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "Method",
+    "Need",
+    "Recipe",
+    "Suite",
+    "TaskVectors",
+    "analogy",
+    "average",
+    "linear_interpolation",
+    "load",
+    "load_suite",
+    "merge_files",
+    "method",
+    "methods",
+    "methods_table",
+    "negation",
+    "pcb",
+    "save",
+    "slerp",
+    "task_arithmetic",
+    "ties",
+    "tsv",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Recipe", "Suite", "load_suite"):  # these need numpy, so they load when first asked for
+        from mergekit_lite import suites
+
+        return getattr(suites, name)
+    raise AttributeError(f"module 'mergekit_lite' has no attribute '{name}'")

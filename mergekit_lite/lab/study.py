@@ -1,0 +1,92 @@
+"""What pocket8 shows, and how its recipe was found: ``python -m mergekit_lite.lab.study``.
+
+``figures`` merges the shipped experts of every seed by each data-free method, with its scale chosen on
+validation images, and writes test accuracies, mean and spread, to ``book/tables``. ``trials`` trains the
+experts of one seed by other recipes and writes the same figures for each: the record of what was tried.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from torch import Tensor
+
+from mergekit_lite.data_free import average, pcb, task_arithmetic, ties, tsv
+from mergekit_lite.geometry import largest_cosine
+from mergekit_lite.lab.sweeps import best, sweep
+from mergekit_lite.suites.build import build
+from mergekit_lite.suites.pocket import SUITES, load_suite
+from mergekit_lite.suites.recipe import Recipe
+from mergekit_lite.suites.suite import Suite
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Measure pocket8.")
+TABLES = Path("book/tables")
+
+# The scales tried for each method; the one with the best validation average is reported on test images.
+GRIDS: dict[str, tuple[Callable[..., Mapping[str, Tensor]], dict[str, list[float]]]] = {
+    "average": (average, {}),
+    "task arithmetic": (task_arithmetic, {"scale": [0.05, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5]}),
+    "TIES": (ties, {"scale": [0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5]}),
+    "PCB": (pcb, {"scale": [0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5]}),
+    "TSV": (tsv, {"scale": [0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0]}),
+}
+
+# What was tried: changes to the recipe, one at a time.
+TRIALS: dict[str, dict[str, Any]] = {}
+
+
+def measure(suite: Suite, jobs: int = 1) -> dict[str, float]:
+    """Test averages of base, merges and experts, the scale each merge was given, and the largest cosine."""
+    figures = {"base": suite.evaluate().average}
+    for name, (method, grid) in GRIDS.items():
+        chosen = best(sweep(suite, method, jobs=jobs, **grid), grid) if grid else {}  # type: ignore[arg-type]
+        figures[name] = suite.evaluate(method(suite.task_vectors, **chosen)).average
+        figures |= {f"{name} scale": scale for scale in chosen.values()}
+    figures["experts"] = suite.evaluate_experts().average
+    figures["largest |cosine|"] = largest_cosine(suite.task_vectors)
+    return figures
+
+
+@app.command()
+def figures(jobs: Annotated[int, typer.Option(help="processes")] = 1, out: Path = TABLES) -> None:
+    """Measure every shipped seed and write the table of figures."""
+    seeds = sorted(int(folder.name.removeprefix("seed")) for folder in (SUITES / "pocket8").glob("seed*"))
+    rows = {f"seed {seed}": measure(load_suite("pocket8", seed=seed, device="cpu"), jobs) for seed in seeds}
+    _write(rows, out / "pocket8-figures.csv", spread=True)
+
+
+@app.command()
+def trials(
+    only: Annotated[str, typer.Option(help="the name of one trial")] = "", jobs: int = 1, out: Path = TABLES
+) -> None:
+    """Train seed 0 by each of the other recipes that were tried, and measure the result (hours)."""
+    rows = {}
+    for name, changes in TRIALS.items():
+        if only in ("", name):
+            with tempfile.TemporaryDirectory() as folder:
+                rows[name] = measure(build(Recipe().but(**changes), 0, Path(folder)), jobs)
+    _write(rows, out / "pocket8-trials.csv", spread=False)
+
+
+def _write(rows: dict[str, dict[str, float]], path: Path, *, spread: bool) -> None:
+    import pandas as pd
+
+    table: pd.DataFrame = pd.DataFrame(rows)
+    if spread:
+        seeds = table.copy()
+        table["mean"], table["standard deviation"] = seeds.mean(axis=1), seeds.std(axis=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.round(4).to_csv(path, index_label="test average of")
+    typer.echo(table.round(3).to_string())
+    typer.echo(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    app()

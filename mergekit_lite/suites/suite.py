@@ -1,0 +1,309 @@
+"""A suite: one backbone, K tasks with frozen heads, a base and K experts. The lab's test bench."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mergekit_lite.checkpoints import PathLike, StateDict
+from mergekit_lite.suites.heads import CosineHead, few_per_class, make_head
+from mergekit_lite.suites.recipe import Recipe
+from mergekit_lite.suites.tasks import Split, Task, load_folder
+from mergekit_lite.suites.vision import build_backbone, pick_device
+from mergekit_lite.task_vectors import TaskVectors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EVALUATION_BATCH = 250
+
+
+@dataclass(frozen=True)
+class Evaluation(Mapping[str, float]):
+    """Accuracy per task; a mapping from task names to shares of images classified correctly.
+
+    Attributes:
+        accuracy: per task, in [0, 1].
+        experts: the accuracy of each task's own expert on the same images, where it is known.
+        split: the images it was measured on.
+    """
+
+    accuracy: dict[str, float]
+    experts: dict[str, float] = field(default_factory=dict)
+    split: str = "test"
+
+    def __getitem__(self, task: str) -> float:
+        return self.accuracy[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.accuracy)
+
+    def __len__(self) -> int:
+        return len(self.accuracy)
+
+    @property
+    def average(self) -> float:
+        """The mean accuracy over the tasks."""
+        return sum(self.accuracy.values()) / len(self.accuracy)
+
+    @property
+    def normalised(self) -> float:
+        """The mean over the tasks of accuracy / the expert's accuracy (NaN where none is known)."""
+        if not set(self.accuracy) <= set(self.experts):
+            return float("nan")
+        return sum(self.accuracy[t] / self.experts[t] for t in self.accuracy) / len(self.accuracy)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row: a column per task, then the average and the normalised average."""
+        return compare({self.split: self})
+
+    def __repr__(self) -> str:
+        tasks = ", ".join(f"{task} {value:.3f}" for task, value in self.accuracy.items())
+        return f"{self.split}: average {self.average:.3f} ({tasks})"
+
+    def _repr_html_(self) -> str:
+        return str(self.to_frame().style.format("{:.3f}", na_rep="").to_html())
+
+
+def compare(evaluations: Mapping[str, Evaluation]) -> pd.DataFrame:
+    """Evaluations as one table: a row each, a column per task, then average and normalised average."""
+    import pandas as pd
+
+    rows = {
+        name: {**evaluation.accuracy, "average": evaluation.average, "normalised": evaluation.normalised}
+        for name, evaluation in evaluations.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").dropna(axis="columns", how="all")
+
+
+@dataclass
+class Suite:
+    """Tasks, a shared backbone, a frozen head per task, a base and one expert per merged task.
+
+    Attributes:
+        name: of the suite.
+        model: the backbone with the base's weights, images (N, 3, H, W) to features (N, c).
+        tasks: the tasks that have experts, by name.
+        heads: the frozen head of every task, held-out ones included.
+        recipe: how images are prepared, heads made and experts trained.
+        experts: the fine-tuned state dicts by task.
+        held_out: tasks that are never merged, to measure what a merge does elsewhere.
+        seed: of the fine-tuning of these experts.
+        recorded: accuracies measured when the suite was built, ``recorded[split][row][task]``.
+        device: where models are run.
+    """
+
+    name: str
+    model: nn.Module
+    tasks: dict[str, Task]
+    heads: dict[str, CosineHead]
+    recipe: Recipe
+    experts: dict[str, StateDict] = field(default_factory=dict)
+    held_out: dict[str, Task] = field(default_factory=dict)
+    seed: int = 0
+    recorded: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __repr__(self) -> str:
+        return (
+            f"Suite({self.name}, seed {self.seed}: {len(self.tasks)} tasks, {len(self.experts)} experts of "
+            f"{sum(p.numel() for p in self.model.parameters()):,} parameters, on {self.device})"
+        )
+
+    # ---------------------------------------------------------------- models
+
+    @cached_property
+    def base(self) -> StateDict:
+        """The base's weights, shared by all experts before they were fine-tuned."""
+        return self.model.state_dict()
+
+    @property
+    def task_vectors(self) -> TaskVectors:
+        """The base and the experts as task vectors, in the order of `tasks`.
+
+        Raises:
+            ValueError: no expert has been trained yet.
+        """
+        if not self.experts:
+            raise ValueError(f"the suite '{self.name}' has no experts yet; train them with suite.finetune().")
+        return TaskVectors(self.base, {name: self.experts[name] for name in self.tasks if name in self.experts})
+
+    def build(self, state: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """A fresh copy of the backbone with these weights (the base's by default).
+
+        Raises:
+            RuntimeError: keys or shapes do not fit the backbone; the message names them.
+        """
+        model = copy.deepcopy(self.model)
+        if state is not None:
+            model.load_state_dict(state)
+        return model
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 images (N, 1 or 3, H, W) as the backbone's input: (N, 3, resolution, resolution) in [-1, 1]."""
+        size = (self.recipe.resolution, self.recipe.resolution)
+        pixels = images.to(self.device).float() / 127.5 - 1
+        if pixels.shape[-2:] != size:
+            pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False)
+        return pixels.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def features(self, model: nn.Module, split: Split) -> Tensor:
+        """Features (N, c) of all images of a split."""
+        with one_thread():
+            return torch.cat([model(self.prepare(batch.images)) for batch in split.batches(EVALUATION_BATCH)])
+
+    def logits(self, model: nn.Module, task: str, split: Split) -> Tensor:
+        """Logits (N, classes of the task) of all images of a split."""
+        return self.heads[task](self.features(model, split))
+
+    # ---------------------------------------------------------------- evaluation
+
+    def evaluate(
+        self,
+        state: Mapping[str, Tensor] | nn.Module | None = None,
+        *,
+        split: str = "test",
+        tasks: Iterable[str] | None = None,
+    ) -> Evaluation:
+        """Accuracy of one set of weights on the tasks.
+
+        Args:
+            state: a state dict such as a merge returns, or a module; the base by default.
+            split: ``"validation"`` to choose anything by, ``"test"`` to report.
+            tasks: names of tasks, held-out ones too; by default those that are merged.
+
+        Raises:
+            RuntimeError: the state dict does not fit the backbone.
+            KeyError: there is no such task.
+            ValueError: there is no such split.
+        """
+        model = state.eval() if isinstance(state, nn.Module) else self.build(state)
+        accuracy = {}
+        for name in self.tasks if tasks is None else tasks:
+            images = self.task(name).split(split)
+            predicted = self.logits(model, name, images).argmax(1).cpu()
+            accuracy[name] = (predicted == images.labels).float().mean().item()
+        return Evaluation(accuracy, self.recorded.get(split, {}).get("experts", {}), split)
+
+    def evaluate_experts(self, *, split: str = "test") -> Evaluation:
+        """Each expert on its own task: the ceiling that merges are measured against."""
+        accuracy = {t: self.evaluate(e, split=split, tasks=[t])[t] for t, e in self.experts.items()}
+        return Evaluation(accuracy, accuracy, split)
+
+    def compare(self, merges: Mapping[str, Mapping[str, Tensor]], *, split: str = "test") -> pd.DataFrame:
+        """Evaluate several merges and show them as one table, a row each."""
+        return compare({name: self.evaluate(state, split=split) for name, state in merges.items()})
+
+    def task(self, name: str) -> Task:
+        """A task by name, merged or held out.
+
+        Raises:
+            KeyError: there is no such task.
+        """
+        known = {**self.tasks, **self.held_out}
+        if name not in known:
+            raise KeyError(f"no task named '{name}'; there are {', '.join(known)}.")
+        return known[name]
+
+    # ---------------------------------------------------------------- making a suite
+
+    def finetune(self, task: str | None = None, *, progress: bool = True) -> StateDict | None:
+        """Train the expert of one task, or of every task that has none yet, and keep it in `experts`."""
+        from mergekit_lite.suites.finetune import finetune
+
+        for name in [task] if task else [t for t in self.tasks if t not in self.experts]:
+            self.experts[name] = finetune(self, name, seed=self.seed, progress=progress)
+        self.recorded.setdefault("validation", {})["experts"] = dict(self.evaluate_experts(split="validation"))
+        self.recorded.setdefault("test", {})["experts"] = dict(self.evaluate_experts(split="test"))
+        return self.experts[task] if task else None
+
+    @classmethod
+    def from_tasks(
+        cls,
+        name: str,
+        model: nn.Module,
+        tasks: Iterable[Task],
+        recipe: Recipe,
+        *,
+        held_out: Iterable[Task] = (),
+        seed: int = 0,
+        device: str = "auto",
+    ) -> Suite:
+        """A suite without experts: the heads are made from the base's features, the rest waits for `finetune`."""
+        where = pick_device(device)
+        suite = cls(
+            name,
+            model.to(where).eval(),
+            {task.name: task for task in tasks},
+            {},
+            recipe,
+            held_out={task.name: task for task in held_out},
+            seed=seed,
+            device=where,
+        )
+        generator = torch.Generator().manual_seed(recipe.head_seed)
+        for task in [*suite.tasks.values(), *suite.held_out.values()]:
+            few = task.train[few_per_class(task.train.labels, recipe.shots, generator)]
+            features = suite.features(suite.model, few).clone()
+            suite.heads[task.name] = make_head(features, few.labels.to(where), recipe.temperature)
+        return suite
+
+    @classmethod
+    def from_folders(
+        cls,
+        folders: Iterable[PathLike],
+        backbone: str | nn.Module,
+        *,
+        pretrained: bool = True,
+        recipe: Recipe | None = None,
+        name: str = "my suite",
+        seed: int = 0,
+        device: str = "auto",
+        **recipe_options: Any,
+    ) -> Suite:
+        """A suite of your own: folders of images and any timm backbone.
+
+        Args:
+            folders: one folder per task, each ``<task>/{train,test}/<class>/<image>``; a
+                ``validation`` folder is used if there is one, else a fifth of the training images.
+            backbone: a timm model's name, or a module from images (N, 3, H, W) to features (N, c).
+            pretrained: let timm load pre-trained weights (needs a network). Merging from a random base
+                is possible, and fails in instructive ways.
+            recipe: how to prepare images, make heads and train experts; by default pocket8's.
+            name: of the suite.
+            seed: of the fine-tuning.
+            device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
+            **recipe_options: changes to the recipe, such as ``resolution=224`` or ``steps=1000``.
+
+        Raises:
+            FileNotFoundError, ValueError: a folder that is not laid out like this; the message says where.
+        """
+        recipe = (recipe or Recipe()).but(**recipe_options)
+        tasks = [load_folder(folder, recipe.resolution) for folder in map(Path, folders)]
+        if not tasks:
+            raise ValueError("no folders given: a suite needs at least one task.")
+        if len({task.name for task in tasks}) < len(tasks):
+            raise ValueError(f"two folders have the same name: {', '.join(task.name for task in tasks)}.")
+        model = build_backbone(backbone, pretrained=pretrained) if isinstance(backbone, str) else backbone
+        return cls.from_tasks(name, model, tasks, recipe, seed=seed, device=device)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run small models on one thread: the others would cost more in waiting than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
