@@ -1,18 +1,22 @@
 r"""A frozen classification head per task, made from a few examples.
 
 CLIP classifies with a *zero-shot* head: one direction per class, from the class's name, never
-trained. A small vision model knows no names, so here a class's direction is the mean feature of a
-few of its training images, seen through the *base* model. With features f(x), their mean
-:math:`\mu` over the examples, and class c's examples :math:`S_c`,
+trained. A small vision model knows no names, so here the directions come from the mean features of a
+few training images per class, seen through the *base* model. With features f(x), the mean
+:math:`\mu_t` of task t's examples, the examples :math:`S_c` of its class c, and the mean
+:math:`\mu` of all :math:`\mu_t`,
 
 .. math::
-   u(x) = \frac{f(x) - \mu}{\|f(x) - \mu\|}, \qquad
-   w_c = \frac{\sum_{x \in S_c} u(x)}{\big\|\sum_{x \in S_c} u(x)\big\|}, \qquad
-   \text{logit}_c(x) = T \,\langle w_c, u(x)\rangle .
+   w_c = \frac{v_c}{\|v_c\|}, \quad v_c = \sum_{x \in S_c} \frac{f(x) - \mu_t}{\|f(x) - \mu_t\|}, \qquad
+   \text{logit}_c(x) = T \,\Big\langle w_c, \frac{f(x) - \mu}{\|f(x) - \mu\|} \Big\rangle .
 
-The head is fixed before fine-tuning and is no part of the task vector: all K experts, the base and
-every merge share one set of weights and are read by the same K heads. This is what makes it
-possible to merge models whose tasks have different classes.
+So a head knows how the classes of its task differ, and features are read from one centre that all
+tasks share. Where the task as a whole lies in feature space (:math:`\mu_t - \mu`) no head
+knows; as with CLIP, whose images do not lie where its words do, that is left for fine-tuning to learn.
+
+The heads are fixed before fine-tuning and are no part of the task vectors: the base, all K experts and
+every merge share one set of weights and are read by the same K heads. This is what makes it possible
+to merge models whose tasks have different classes.
 """
 
 from __future__ import annotations
@@ -29,27 +33,27 @@ class CosineHead:
     """Scores features by their cosine with one direction per class.
 
     Attributes:
-        mean: the point cosines are measured from, shape (c,).
+        centre: the point cosines are measured from, the same for all tasks, shape (c,).
         directions: unit vectors, shape (classes, c).
         temperature: T, what a cosine of 1 is worth as a logit.
     """
 
-    mean: Tensor
+    centre: Tensor
     directions: Tensor
     temperature: float
 
     def __call__(self, features: Tensor) -> Tensor:
         """Logits (N, classes) of features (N, c)."""
-        centred = F.normalize(features - self.mean, dim=-1)
+        centred = F.normalize(features - self.centre, dim=-1)
         return self.temperature * centred @ self.directions.T
 
     def to(self, device: torch.device) -> CosineHead:
         """The same head on another device."""
-        return CosineHead(self.mean.to(device), self.directions.to(device), self.temperature)
+        return CosineHead(self.centre.to(device), self.directions.to(device), self.temperature)
 
 
-def make_head(features: Tensor, labels: Tensor, temperature: float) -> CosineHead:
-    """A head from a few examples' features (N, c) and labels (N,), every class among them.
+def class_directions(features: Tensor, labels: Tensor) -> Tensor:
+    """The unit vectors w_c, shape (classes, c), from a few examples' features (N, c) and labels (N,).
 
     Raises:
         ValueError: a class has no example.
@@ -58,10 +62,9 @@ def make_head(features: Tensor, labels: Tensor, temperature: float) -> CosineHea
     counts = labels.bincount(minlength=classes)
     if (counts == 0).any():
         raise ValueError(f"class {int(counts.argmin())} has no example to make its direction from.")
-    mean = features.mean(0)
-    centred = F.normalize(features - mean, dim=1)
+    centred = F.normalize(features - features.mean(0), dim=1)
     sums = torch.zeros(classes, features.shape[1]).to(features).index_add_(0, labels, centred)
-    return CosineHead(mean, F.normalize(sums, dim=1), temperature)
+    return F.normalize(sums, dim=1)
 
 
 def few_per_class(labels: Tensor, shots: int, generator: torch.Generator) -> Tensor:

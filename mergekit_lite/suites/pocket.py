@@ -91,7 +91,7 @@ def half(state: Mapping[str, Tensor]) -> StateDict:
 
 def heads_to_tensors(heads: Mapping[str, CosineHead]) -> StateDict:
     """All heads as one state dict."""
-    parts = ("mean", "directions")
+    parts = ("centre", "directions")
     return {f"{task}.{part}": getattr(head, part).cpu() for task, head in heads.items() for part in parts}
 
 
@@ -99,7 +99,7 @@ def load_heads(path: PathLike, temperature: float, device: torch.device) -> dict
     """The heads written by `heads_to_tensors`."""
     tensors = load(path)
     tasks = dict.fromkeys(key.rsplit(".", 1)[0] for key in tensors)
-    return {t: CosineHead(tensors[f"{t}.mean"], tensors[f"{t}.directions"], temperature).to(device) for t in tasks}
+    return {t: CosineHead(tensors[f"{t}.centre"], tensors[f"{t}.directions"], temperature).to(device) for t in tasks}
 
 
 def sha256(path: PathLike) -> str:

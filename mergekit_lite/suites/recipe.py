@@ -26,16 +26,16 @@ class Recipe:
         frozen: parameters whose names begin like one of these are not trained.
     """
 
-    resolution: int = 48
+    resolution: int = 56
     shots: int = 8
     head_seed: int = 0
     temperature: float = 10.0
-    steps: int = 400
+    steps: int = 300
     batch_size: int = 32
     learning_rate: float = 3e-4
     weight_decay: float = 0.01
     clip: float = 1.0
-    augmentation: float = 0.0
+    augmentation: float = 0.25
     frozen: tuple[str, ...] = ()
 
     def but(self, **changes: Any) -> Recipe:

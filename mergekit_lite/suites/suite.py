@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mergekit_lite.checkpoints import PathLike, StateDict
-from mergekit_lite.suites.heads import CosineHead, few_per_class, make_head
+from mergekit_lite.suites.heads import CosineHead, class_directions, few_per_class
 from mergekit_lite.suites.recipe import Recipe
 from mergekit_lite.suites.tasks import Split, Task, load_folder
 from mergekit_lite.suites.vision import build_backbone, pick_device
@@ -251,12 +251,19 @@ class Suite:
             seed=seed,
             device=where,
         )
-        generator = torch.Generator().manual_seed(recipe.head_seed)
-        for task in [*suite.tasks.values(), *suite.held_out.values()]:
-            few = task.train[few_per_class(task.train.labels, recipe.shots, generator)]
-            features = suite.features(suite.model, few).clone()
-            suite.heads[task.name] = make_head(features, few.labels.to(where), recipe.temperature)
+        suite.heads = suite._make_heads()
         return suite
+
+    def _make_heads(self) -> dict[str, CosineHead]:
+        """A head per task, held-out ones too; the common centre is that of the merged tasks alone."""
+        generator = torch.Generator().manual_seed(self.recipe.head_seed)
+        examples = {}
+        for name, task in {**self.tasks, **self.held_out}.items():
+            few = task.train[few_per_class(task.train.labels, self.recipe.shots, generator)]
+            examples[name] = (self.features(self.model, few).clone(), few.labels.to(self.device))
+        centre = torch.stack([examples[name][0].mean(0) for name in self.tasks]).mean(0)
+        temperature = self.recipe.temperature
+        return {t: CosineHead(centre, class_directions(*example), temperature) for t, example in examples.items()}
 
     @classmethod
     def from_folders(

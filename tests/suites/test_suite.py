@@ -1,0 +1,197 @@
+"""Suites made from folders of images, and the parts suites are made of."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import mergekit_lite as mkl
+from mergekit_lite.suites import Evaluation, Recipe, Suite
+from mergekit_lite.suites.finetune import augment, draw, finetune
+from mergekit_lite.suites.heads import CosineHead, class_directions, few_per_class
+from mergekit_lite.suites.tasks import Split, load_folder, stratified
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+
+
+def write_images(folder, classes, count, seed):
+    """Noisy images of one colour per class, of different sizes."""
+    noise = np.random.default_rng(seed)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.array(COLOURS[name]) + noise.integers(-30, 30, (10 + i, 12, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two tasks: three colours, and two of them."""
+    for task, classes in {"three": ["red", "green", "blue"], "two": ["red", "blue"]}.items():
+        write_images(tmp_path / task / "train", classes, 10, 0)
+        write_images(tmp_path / task / "test", classes, 4, 1)
+    return [tmp_path / "three", tmp_path / "two"]
+
+
+class Tiny(nn.Module):
+    """A backbone of one convolution."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, images):
+        return self.conv(images).relu().mean((2, 3))
+
+
+OPTIONS = {"resolution": 12, "shots": 3, "steps": 5, "batch_size": 4}
+
+
+# ---------------------------------------------------------------- suites from folders
+
+
+def test_from_folders_to_a_merge(folders):
+    suite = Suite.from_folders(folders, Tiny(), device="cpu", **OPTIONS)
+    assert list(suite.tasks) == ["three", "two"]
+    assert suite.task("three").classes == ["blue", "green", "red"]
+    assert len(suite.task("three").train) == 24
+    assert len(suite.task("three").validation) == 6
+    with pytest.raises(ValueError, match="no experts yet"):
+        _ = suite.task_vectors
+    suite.finetune(progress=False)
+    evaluation = suite.evaluate(mkl.average(suite.task_vectors))
+    assert set(evaluation) == {"three", "two"}
+    assert evaluation.average > 0.7  # colours are easy: even one convolution sees them
+    assert 0 < evaluation.normalised < 2
+    assert suite.recorded["test"]["experts"] == dict(suite.evaluate_experts())
+
+
+def test_any_timm_model_will_do(folders):
+    suite = Suite.from_folders(folders, "resnet10t", pretrained=False, device="cpu", **(OPTIONS | {"resolution": 32}))
+    assert 0 <= suite.evaluate(split="validation").average <= 1
+    assert suite.features(suite.model, suite.task("two").test).shape == (8, 512)
+
+
+def test_a_validation_folder_is_used(folders):
+    write_images(folders[1] / "validation", ["red", "blue"], 2, 2)
+    task = load_folder(folders[1], 12)
+    assert (len(task.train), len(task.validation), len(task.test)) == (20, 4, 8)
+
+
+def test_folders_that_do_not_fit_say_why(folders, tmp_path):
+    with pytest.raises(FileNotFoundError, match="'train' is missing"):
+        Suite.from_folders([tmp_path / "nowhere"], Tiny())
+    with pytest.raises(ValueError, match="no folders given"):
+        Suite.from_folders([], Tiny())
+    with pytest.raises(ValueError, match="same name"):
+        Suite.from_folders([folders[0], folders[0]], Tiny(), **OPTIONS)
+    (folders[0] / "test" / "purple").mkdir()
+    with pytest.raises(ValueError, match="class 'purple'"):
+        Suite.from_folders(folders, Tiny(), **OPTIONS)
+    (folders[1] / "test" / "red" / "0.png").unlink()
+    for image in (folders[1] / "test" / "red").iterdir():
+        image.unlink()
+    with pytest.raises(FileNotFoundError, match="no images in"):
+        Suite.from_folders(folders[1:], Tiny(), **OPTIONS)
+
+
+def test_a_recipe_knows_its_numbers():
+    assert Recipe().but(steps=7).steps == 7
+    with pytest.raises(TypeError, match="no 'stepps'; it has resolution"):
+        Recipe().but(stepps=7)
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+@pytest.fixture
+def small(folders):
+    return Suite.from_folders(folders, Tiny(), device="cpu", **OPTIONS)
+
+
+def test_finetuning_is_reproducible_and_leaves_the_base_alone(small):
+    before = {n: t.clone() for n, t in small.base.items()}
+    a, b, c = (finetune(small, "two", seed=seed, progress=False) for seed in (0, 0, 1))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert any(not torch.equal(a[n], c[n]) for n in a)
+    assert any(not torch.equal(a[n], before[n]) for n in a)
+    assert all(torch.equal(small.base[n], before[n]) for n in before)
+
+
+def test_frozen_parameters_do_not_move(small):
+    small.recipe = small.recipe.but(frozen=("conv.bias",))
+    expert = finetune(small, "two", progress=False)
+    assert torch.equal(expert["conv.bias"], small.base["conv.bias"])
+    assert not torch.equal(expert["conv.weight"], small.base["conv.weight"])
+
+
+def test_divergence_is_said(small):
+    small.heads["two"].directions.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="training 'two' diverged"):
+        finetune(small, "two", progress=False)
+
+
+def test_batches_are_drawn_without_repeats():
+    split = Split(torch.arange(10).view(10, 1, 1, 1), torch.arange(10))
+    generator = torch.Generator().manual_seed(0)
+    assert len(draw(split, 10, generator).labels.unique()) == 10
+    assert len(draw(split, 25, generator)) == 25
+
+
+def test_augmentation_moves_images_a_little():
+    pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert augment(pixels, 0.0, torch.Generator()) is pixels
+    moved = augment(pixels, 1.0, torch.Generator().manual_seed(1))
+    assert moved.shape == pixels.shape
+    assert 0.02 < (moved - pixels).abs().mean() < 0.4
+    flat = torch.full((2, 3, 16, 16), 0.5)
+    torch.testing.assert_close(augment(flat, 1.0, torch.Generator().manual_seed(1)), flat)
+
+
+# ---------------------------------------------------------------- heads and splits
+
+
+def test_a_head_finds_the_class_whose_examples_look_alike():
+    features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+    head = CosineHead(features.mean(0), class_directions(features, torch.tensor([0, 0, 1, 1])), temperature=10.0)
+    assert head(features).argmax(1).tolist() == [0, 0, 1, 1]
+    torch.testing.assert_close(head.directions.norm(dim=1), torch.ones(2))
+    assert head(features).abs().max() <= 10.0
+    with pytest.raises(ValueError, match="class 1 has no example"):
+        class_directions(features, torch.tensor([0, 0, 2, 2]))
+
+
+def test_a_few_of_each_class():
+    labels = torch.tensor([0, 1, 1, 1, 2, 2])
+    chosen = few_per_class(labels, 2, torch.Generator().manual_seed(0))
+    assert labels[chosen].tolist() == [0, 1, 1, 2, 2]
+
+
+def test_stratified_draws_from_every_class():
+    labels = torch.tensor([0] * 10 + [1] * 20 + [2] * 2)
+    mask = stratified(labels, 0.2, torch.Generator().manual_seed(0))
+    assert labels[mask].bincount().tolist() == [2, 4, 1]
+    with pytest.raises(ValueError, match="class 1 has 1 image"):
+        stratified(torch.tensor([0, 0, 1]), 0.2, torch.Generator())
+
+
+# ---------------------------------------------------------------- evaluations
+
+
+def test_an_evaluation_is_a_mapping_and_a_table():
+    evaluation = Evaluation({"a": 0.5, "b": 0.25}, {"a": 1.0, "b": 0.5}, "validation")
+    assert dict(evaluation) == {"a": 0.5, "b": 0.25}
+    assert (evaluation.average, evaluation.normalised) == (0.375, 0.5)
+    assert repr(evaluation) == "validation: average 0.375 (a 0.500, b 0.250)"
+    html = evaluation._repr_html_()
+    assert "<table" in html
+    assert "0.375" in html
+    assert list(evaluation.to_frame().columns) == ["a", "b", "average", "normalised"]
+
+
+def test_without_experts_nothing_is_normalised():
+    evaluation = Evaluation({"a": 0.5})
+    assert np.isnan(evaluation.normalised)
+    assert list(evaluation.to_frame().columns) == ["a", "average"]
