@@ -30,12 +30,12 @@ class Recipe:
     shots: int = 8
     head_seed: int = 0
     temperature: float = 10.0
-    steps: int = 300
+    steps: int = 400
     batch_size: int = 32
     learning_rate: float = 3e-4
     weight_decay: float = 0.01
     clip: float = 1.0
-    augmentation: float = 0.25
+    augmentation: float = 0.5
     frozen: tuple[str, ...] = ()
 
     def but(self, **changes: Any) -> Recipe:
