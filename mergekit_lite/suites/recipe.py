@@ -15,6 +15,8 @@ class Recipe:
         resolution: pixels in height and width that images are resized to.
         shots: training images per class that make the frozen head.
         head_seed: of the draw of those images; one head serves all seeds of fine-tuning.
+        centre: what features are centred on before a head reads them: ``"shared"``, the mean of all tasks'
+            means; ``"task"``, the mean of the task's own examples; ``"none"``, nothing.
         temperature: of the head; what a cosine of 1 is worth as a logit.
         steps: of fine-tuning, per expert.
         batch_size: images per step.
@@ -29,6 +31,7 @@ class Recipe:
     resolution: int = 56
     shots: int = 8
     head_seed: int = 0
+    centre: str = "shared"
     temperature: float = 10.0
     steps: int = 400
     batch_size: int = 32

@@ -255,15 +255,26 @@ class Suite:
         return suite
 
     def _make_heads(self) -> dict[str, CosineHead]:
-        """A head per task, held-out ones too; the common centre is that of the merged tasks alone."""
+        """A head per task, held-out ones too; the shared centre is that of the merged tasks alone."""
         generator = torch.Generator().manual_seed(self.recipe.head_seed)
         examples = {}
         for name, task in {**self.tasks, **self.held_out}.items():
             few = task.train[few_per_class(task.train.labels, self.recipe.shots, generator)]
             examples[name] = (self.features(self.model, few).clone(), few.labels.to(self.device))
-        centre = torch.stack([examples[name][0].mean(0) for name in self.tasks]).mean(0)
-        temperature = self.recipe.temperature
-        return {t: CosineHead(centre, class_directions(*example), temperature) for t, example in examples.items()}
+        means = {name: features.mean(0) for name, (features, _) in examples.items()}
+        shared = torch.stack([means[name] for name in self.tasks]).mean(0)
+        centres = {
+            "shared": dict.fromkeys(means, shared),
+            "task": means,
+            "none": dict.fromkeys(means, torch.zeros_like(shared)),
+        }
+        if self.recipe.centre not in centres:
+            raise ValueError(f"centre must be one of {', '.join(centres)}; got '{self.recipe.centre}'.")
+        centre = centres[self.recipe.centre]
+        return {
+            name: CosineHead(centre[name], class_directions(features, labels), self.recipe.temperature)
+            for name, (features, labels) in examples.items()
+        }
 
     @classmethod
     def from_folders(
