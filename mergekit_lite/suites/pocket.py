@@ -17,7 +17,6 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ POCKET8_HELD_OUT = ("kana", "optdigits8")
 BACKBONE, STAGES = "tf_efficientnet_lite0", 5
 
 
-def load_suite(name: str = "pocket8", *, seed: int = 0, device: str = "auto") -> Suite:
+def load_suite(name: PathLike = "pocket8", *, seed: int = 0, device: str = "auto") -> Suite:
     """A suite that is shipped with the package, ready to merge: no download, no GPU.
 
     ``pocket8`` has eight real vision tasks, an ImageNet-pretrained convolutional trunk of 0.7 M
@@ -44,39 +43,40 @@ def load_suite(name: str = "pocket8", *, seed: int = 0, device: str = "auto") ->
     the linear layers that methods such as RegMean, LoRA or WEMoE ask for: linear maps over pixels.
 
     Args:
-        name: of the suite; ``"pocket8"``.
+        name: of the suite, ``"pocket8"``; or the folder of one that you built.
         seed: which fine-tuning of the eight experts; the base and the heads are the same for all.
         device: where models are run: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
 
     Raises:
         ValueError: there is no such suite or seed; the message lists those there are.
     """
-    folder = SUITES / name
+    folder = Path(name) if (Path(name) / "suite.json").is_file() else SUITES / name
     if not (folder / "suite.json").is_file():
         there = ", ".join(sorted(path.parent.name for path in SUITES.glob("*/suite.json")))
         raise ValueError(f"no suite named '{name}'; there is {there}. Build your own with Suite.from_folders.")
     facts = json.loads((folder / "suite.json").read_text())
     if not (folder / f"seed{seed}").is_dir():
         there = ", ".join(sorted(path.name.removeprefix("seed") for path in folder.glob("seed*")))
-        raise ValueError(f"'{name}' is not shipped with seed {seed}; there are the seeds {there}.")
-    suite = assemble(name, facts, seed, device)
-    for task in suite.tasks:
-        expert = read_float32(folder / f"seed{seed}" / f"{task}.safetensors")
-        suite.experts[task] = {key: tensor.to(suite.device) for key, tensor in expert.items()}
-    return suite
-
-
-def assemble(name: str, facts: Mapping[str, Any], seed: int, device: str = "auto") -> Suite:
-    """The suite without its experts, from its folder."""
-    folder, where = SUITES / name, pick_device(device)
+        raise ValueError(f"'{name}' has no experts of seed {seed}; there are the seeds {there}.")
+    where = pick_device(device)
     model = build_backbone(BACKBONE, stages=STAGES)
     model.load_state_dict(read_float32(folder / "base.safetensors"))
     recipe = Recipe().but(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts["recipe"].items()})
-    tasks = {task: _images(folder / "images" / f"{task}.npz") for task in POCKET8_TASKS}
-    held_out = {task: _images(folder / "images" / f"{task}.npz") for task in POCKET8_HELD_OUT}
-    heads = load_heads(folder / "heads.safetensors", recipe.temperature, where)
-    recorded = facts.get("accuracy", {}).get(str(seed), {})
-    return Suite(name, model.to(where), tasks, heads, recipe, {}, held_out, seed, recorded, where)
+    suite = Suite(
+        facts["name"],
+        model.to(where),
+        {task: _images(folder / "images" / f"{task}.npz") for task in POCKET8_TASKS},
+        load_heads(folder / "heads.safetensors", recipe.temperature, where),
+        recipe,
+        held_out={task: _images(folder / "images" / f"{task}.npz") for task in POCKET8_HELD_OUT},
+        seed=seed,
+        recorded=facts["accuracy"].get(str(seed), {}),
+        device=where,
+    )
+    for task in suite.tasks:
+        expert = read_float32(folder / f"seed{seed}" / f"{task}.safetensors")
+        suite.experts[task] = {key: tensor.to(where) for key, tensor in expert.items()}
+    return suite
 
 
 def read_float32(path: PathLike) -> StateDict:

@@ -1,0 +1,173 @@
+"""The repository's own promises: dependency lists that agree, generated tables, chapters that are complete."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---------------------------------------------------------------- dependencies
+
+
+def test_the_three_dependency_lists_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    ranges = [Requirement(line) for group in groups for line in group]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    for requirement in ranges:
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"{name} is not pinned in constraints.txt"
+        assert requirement.specifier.contains(pins[name]), f"{name}: {pins[name]} is outside {requirement.specifier}"
+
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    installed = next(item["pip"] for item in environment["dependencies"] if isinstance(item, dict))
+    assert "--constraint constraints.txt" in installed, "conda users get the same pins"
+    extras = ",".join(project["optional-dependencies"])
+    assert f"--editable .[{extras}]" in installed, "and the same lists of packages"
+    python = next(item for item in environment["dependencies"] if str(item).startswith("python"))
+    assert project["requires-python"].removeprefix(">=") in python
+
+
+def test_constraints_are_exact_versions_sorted_and_free_of_builds():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line) for line in lines)
+    assert len({canonicalize_name(line.split("==")[0]) for line in lines}) == len(lines)
+
+
+# ---------------------------------------------------------------- setting up
+
+
+def test_setup_says_what_is_missing(monkeypatch, tmp_path):
+    setup = tool("setup_env")
+    monkeypatch.setattr(setup.sys, "version_info", (3, 8))
+    with pytest.raises(SystemExit, match=r"needs Python 3\.11 or newer"):
+        setup.check_python()
+    monkeypatch.undo()
+    setup.check_python()
+    monkeypatch.setitem(sys.modules, "venv", None)
+    with pytest.raises(SystemExit, match="no venv module"):
+        setup.check_python()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"where constraints\.txt is"):
+        setup.main("new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("platform", "gpu", "choice", "cpu_build"),
+    [
+        ("linux", None, "auto", True),
+        ("linux", "/usr/bin/nvidia-smi", "auto", False),
+        ("linux", "/usr/bin/nvidia-smi", "cpu", True),
+        ("linux", None, "default", False),
+        ("darwin", None, "auto", False),
+    ],
+)
+def test_cuda_is_not_downloaded_by_accident(monkeypatch, platform, gpu, choice, cpu_build):
+    setup = tool("setup_env")
+    monkeypatch.setattr(setup.sys, "platform", platform)
+    monkeypatch.setattr(setup.shutil, "which", lambda name: gpu)
+    monkeypatch.setenv("TORCH", choice)
+    assert setup.wants_cpu_torch() is cpu_build
+
+
+def test_a_wrong_choice_of_torch_is_said(monkeypatch):
+    setup = tool("setup_env")
+    monkeypatch.setenv("TORCH", "gpu")
+    with pytest.raises(SystemExit, match="TORCH must be auto, cpu or default"):
+        setup.wants_cpu_torch()
+
+
+def test_pins_are_read_from_the_constraints(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    setup = tool("setup_env")
+    assert re.fullmatch(r"torch==\d+\.\d+\.\d+", setup.pinned("torch"))
+    with pytest.raises(SystemExit, match="does not pin nothing"):
+        setup.pinned("nothing")
+
+
+# ---------------------------------------------------------------- what is generated
+
+
+def test_generated_pages_are_up_to_date():
+    generate = tool("generate")
+    text = (ROOT / "README.md").read_text()
+    assert generate.readme(text) == text, "run: make readme"
+    assert (ROOT / "book" / "methods.md").read_text() == generate.methods_page(), "run: make readme"
+
+
+def test_version_stands_once():
+    import mergekit_lite
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == mergekit_lite.__version__
+    assert f"version: {project['version']}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_layers_of_the_house():
+    """Below everything lies task_vectors; a method imports it and nothing of the suites or the lab."""
+    allowed = {
+        "data_free": {"checkpoints", "registry", "task_vectors", "geometry", "data_free"},
+        "suites": {"checkpoints", "task_vectors", "geometry", "data_free", "suites"},
+        "lab": {"checkpoints", "task_vectors", "geometry", "data_free", "suites", "lab"},
+    }
+    for folder, below in allowed.items():
+        for path in (ROOT / "mergekit_lite" / folder).glob("*.py"):
+            imported = set(re.findall(r"^\s*(?:from|import) mergekit_lite\.(\w+)", path.read_text(), re.MULTILINE))
+            assert imported <= below, f"{path.name} imports {imported - below}"
+
+
+# ---------------------------------------------------------------- chapters
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_chapters_are_committed_clean_and_complete(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    outputs = [output for cell in code for output in cell.outputs]
+    assert outputs, "a chapter is committed with its outputs"
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not re.search(r"(/home/|/root/|/tmp/|/work/|[A-Z]:\\\\)", str(outputs)), "an absolute path"
+    assert "widgets" not in notebook.metadata, "no widget state: it needs a script from a CDN"
+    assert any("assert " in cell.source for cell in code)
+    for heading in ("Objectives", "Prerequisites", "Time", "## The question", "## Summary", "## References"):
+        assert heading in text, f"no {heading}"
+    assert len(re.findall(r"^### Exercise \d+: .+ \((?:easy|medium|hard), \d+ minutes\)$", text, re.MULTILINE)) >= 4
+    assert text.count("{dropdown} Hint") == text.count("{dropdown} Solution") >= 4
+    assert 2000 <= len(text.split()) <= 3500
+    assert sum(len(cell.source.splitlines()) for cell in code) <= 400
+    for cell in code:
+        if any("image/png" in o.get("data", {}) for o in cell.outputs):
+            assert cell.metadata.get("mystnb", {}).get("image", {}).get("alt"), f"no alt text: {cell.source[:60]}"
+
+
+def test_every_chapter_stands_in_the_book():
+    contents = (ROOT / "book" / "_toc.yml").read_text()
+    assert all(f"notebooks/{path.stem}\n" in contents for path in NOTEBOOKS)
+    assert NOTEBOOKS
+
+
+def test_make_says_what_there_is():
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(f"make {target}" in done.stdout for target in ("book", "test", "lab"))
