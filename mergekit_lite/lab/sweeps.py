@@ -60,5 +60,5 @@ def sweep(
 
 def best(table: pd.DataFrame, names: Iterable[str], by: str = "average") -> dict[str, Any]:
     """The hyperparameters `names` of the best row of a sweep; the first one, if several are equally good."""
-    row = table.loc[table[by].idxmax()]
+    row = table.loc[[table[by].idxmax()]].to_dict("records")[0]  # as Python numbers, not numpy's
     return {name: row[name] for name in names}

@@ -61,6 +61,7 @@ def test_a_grid_is_tried_in_every_combination(two, monkeypatch):
 def test_the_best_row():
     frame = pd.DataFrame({"scale": [0.1, 0.2, 0.3], "average": [0.4, 0.6, 0.6]})
     assert best(frame, ["scale"]) == {"scale": 0.2}
+    assert type(best(frame, ["scale"])["scale"]) is float
 
 
 def test_merges_are_compared_in_one_table(two):
