@@ -128,9 +128,11 @@ def _versions() -> dict[str, str]:
 
 
 def _write_facts(suite: Suite, folder: Path) -> None:
-    """Measure base and experts and write ``suite.json``, keeping what it says of other seeds."""
-    path = folder / "suite.json"
-    facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    """Measure base and experts, and write what was measured and what there is.
+
+    Each seed has its accuracies in a file of its own and ``suite.json`` is made anew from what lies in the
+    folder, so that several seeds can be built side by side.
+    """
     tasks = [*POCKET8_TASKS, *POCKET8_HELD_OUT]
     measured = {
         split: {
@@ -139,17 +141,21 @@ def _write_facts(suite: Suite, folder: Path) -> None:
         }
         for split in ("validation", "test")
     }
+    _write_json(measured, folder / f"seed{suite.seed}" / "accuracy.json")
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("seed*/*.safetensors"), *folder.glob("images/*.npz")])
-    facts |= {
+    facts = {
         "name": suite.name,
         "backbone": {"name": BACKBONE, "stages": STAGES},
         "recipe": asdict(suite.recipe),
         "versions": _versions(),
-        "accuracy": {**facts.get("accuracy", {}), str(suite.seed): measured},
         "sha256": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
     }
+    _write_json(facts, folder / "suite.json")
+
+
+def _write_json(content: dict[str, Any], path: Path) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(facts, indent=1) + "\n")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _rounded(accuracy: dict[str, float]) -> dict[str, float]:

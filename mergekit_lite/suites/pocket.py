@@ -5,9 +5,9 @@
     pocket8/
         base.safetensors      the pre-trained trunk, the common ancestor
         heads.safetensors     one frozen head per task
-        suite.json            recipe, versions, sha256 of every file, measured accuracies per seed
+        suite.json            recipe, versions, sha256 of every file
         images/<task>.npz     train / validation / test
-        seed0/<task>.safetensors, seed1/..., seed2/...
+        seed0/                <task>.safetensors, the experts, and accuracy.json; likewise seed1, seed2
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def load_suite(name: PathLike = "pocket8", *, seed: int = 0, device: str = "auto
         recipe,
         held_out={task: _images(folder / "images" / f"{task}.npz") for task in POCKET8_HELD_OUT},
         seed=seed,
-        recorded=facts["accuracy"].get(str(seed), {}),
+        recorded=json.loads((folder / f"seed{seed}" / "accuracy.json").read_text()),
         device=where,
     )
     for task in suite.tasks:
