@@ -8,7 +8,7 @@ JOBS ?= 2
 # Chapters are committed without progress bars; one thread is fastest for small models.
 RUN := TQDM_DISABLE=1 OMP_NUM_THREADS=1 PYDEVD_DISABLE_FILE_VALIDATION=1
 
-.PHONY: book test lab lint study benchmark readme clean help
+.PHONY: book test lab lint chapters study benchmark readme clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -29,6 +29,10 @@ lint: $(VENV)/.ready
 
 lab: $(VENV)/.ready
 	$(BIN)/jupyter lab notebooks/11_first_merge.ipynb
+
+# Run the chapters in place, to commit them with their outputs.
+chapters: $(VENV)/.ready
+	$(RUN) $(BIN)/python tools/run_chapters.py
 
 # The suite's table of figures, three seeds (about 10 minutes), and the record of what was tried (hours).
 study: $(VENV)/.ready

@@ -31,7 +31,7 @@ def show_images(suite: Suite, per_task: int = 8) -> Figure:
             matching = (task.test.labels == label).nonzero()
             if len(matching):
                 pixels = task.test.images[matching[0, 0]].permute(1, 2, 0)
-                axis.imshow(pixels.squeeze(-1), cmap="gray", vmin=0, vmax=255)
+                axis.imshow(pixels.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
         row[0].set_title(task.name, loc="left", fontsize=9)
     figure.tight_layout(pad=0.3)
     return figure
@@ -48,8 +48,9 @@ def plot_merges(merges: Mapping[str, Evaluation]) -> Figure:
     positions[-1] += 0.5  # a gap before the average
     for i, (name, evaluation) in enumerate(merges.items()):
         heights = [*evaluation.values(), evaluation.average]
-        axis.bar(positions + (i - (len(merges) - 1) / 2) * width, heights, width, label=name, color=COLOURS[i % 8])
-    axis.set_xticks(positions, [task.replace("_", "\n") for task in tasks] + ["average"], fontsize=8)
+        left = positions + (i - (len(merges) - 1) / 2) * width
+        axis.bar(left.numpy(), heights, width, label=name, color=COLOURS[i % 8])
+    axis.set_xticks(positions.numpy(), [task.replace("_", "\n") for task in tasks] + ["average"], fontsize=8)
     axis.set(ylim=(0, 1), ylabel="accuracy")
     axis.legend(ncols=len(merges), fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
@@ -85,9 +86,9 @@ def plot_cosines(tv: TaskVectors) -> Figure:
     """The K x K matrix of cosines between task vectors, as a labelled heat map."""
     import matplotlib.pyplot as plt
 
-    matrix = cosines(tv)
+    matrix = cosines(tv).cpu()
     figure, axis = plt.subplots(figsize=(5.4, 4.6))
-    image = axis.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+    image = axis.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
     axis.set_xticks(range(len(tv)), tv.names, rotation=45, ha="right", fontsize=8)
     axis.set_yticks(range(len(tv)), tv.names, fontsize=8)
     for i in range(len(tv)):

@@ -2,8 +2,9 @@
 
 timm needs torchvision. On some machines torchvision's compiled part does not fit a CPU-only torch:
 ``import torchvision`` then fails with ``operator torchvision::nms does not exist``, although nothing
-that timm uses here needs that operator. `import_timm` declares the missing operators (name and
-signature, no implementation) and imports again. Where torchvision is healthy it does nothing.
+that timm uses here needs that operator. `import_torchvision` declares the missing operators (name and
+signature, no implementation) and imports again. Where torchvision is healthy it does nothing. It runs
+when this module is imported, so that a suite sent to another process finds its timm model importable.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ def import_torchvision() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
+import_torchvision()
+
+
 def import_timm() -> ModuleType:
     """Import timm, which needs torchvision."""
-    import_torchvision()
     return importlib.import_module("timm")
 
 

@@ -198,7 +198,9 @@ def test_weights_of_another_network_are_refused(tmp_path):
 def test_trunk_weights_are_matched_in_order(tmp_path):
     timm = build.import_timm()
     whole = timm.create_model("tf_efficientnet_lite0").state_dict()
-    renamed = {f"_fc.{i}" if "classifier" in n else f"layer{i}": t for i, (n, t) in enumerate(whole.items())}
+    renamed = {
+        f"_fc.{i}" if "classifier" in n else f"layer{i}.{n.split('.')[-1]}": t for i, (n, t) in enumerate(whole.items())
+    }
     torch.save(renamed, tmp_path / "published.pth")
     trunk = build.trunk_from_pretrained(tmp_path / "published.pth")
     assert torch.equal(trunk["blocks.4.2.conv_pwl.weight"], whole["blocks.4.2.conv_pwl.weight"])

@@ -1,0 +1,39 @@
+"""Run chapters in place and write them as they are committed: ``make chapters``, or with names of notebooks.
+
+Outputs are stored, except those of cells tagged `remove-output` (explorers, which need a running kernel), and
+without widget state or the running machine's versions. The figure of the cell tagged `cover` becomes the
+picture on the README and on the book's first page.
+"""
+
+import base64
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+COVER = Path("book/images/merges.png")
+
+
+def run(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=600, record_timing=False)
+    client.execute(cwd=str(path.parent))
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if "remove-output" in tags:
+            cell.outputs = []
+        if "cover" in tags:
+            COVER.parent.mkdir(exist_ok=True)
+            COVER.write_bytes(base64.b64decode(cell.outputs[0].data["image/png"]))
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    nbformat.write(notebook, path)
+    print(f"ran {path}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    for name in sys.argv[1:] or sorted(Path("notebooks").glob("*.ipynb")):
+        run(Path(name))
