@@ -10,8 +10,8 @@ negation     :math:`\theta_0 - \lambda\,\tau`                            forget 
 analogy      :math:`\theta_0 + \lambda\,(\tau_C + \tau_B - \tau_A)`      a task D, where A : B = C : D
 ===========  ==========================================================  =========================
 
-One scale :math:`\lambda` serves all tasks. The paper chooses it on validation data; 0.3 is what it
-recommends for eight tasks without any. At :math:`\lambda = 1/K` addition is plain averaging.
+One scale :math:`\lambda` serves all tasks. The paper chooses it on validation data; 0.3 is the usual
+choice for eight tasks without any. At :math:`\lambda = 1/K` addition is plain averaging.
 """
 
 from collections.abc import Sequence

@@ -94,7 +94,8 @@ def plot_cosines(tv: TaskVectors) -> Figure:
     for i in range(len(tv)):
         for j in range(len(tv)):
             value = float(matrix[i, j])
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if i == j else "black")
+            label = f"{value:.2f}".replace("-0.00", "0.00")
+            axis.text(j, i, label, ha="center", va="center", fontsize=7, color="white" if i == j else "black")
     figure.colorbar(image, label="cosine", shrink=0.85)
     figure.tight_layout()
     return figure

@@ -1,6 +1,7 @@
 """The shipped suite: its files, what it shows, and how it is built."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -93,8 +94,17 @@ def test_it_shows_what_the_papers_show():
     assert mean["experts"] >= 0.80
     assert mean["base"] <= 0.60 * mean["experts"]
     assert mean["task arithmetic"] >= mean["base"] + 0.08
-    assert mean["base"] < mean["average"] <= mean["task arithmetic"] < mean["TIES"]
+    assert mean["base"] < mean["average"] <= mean["task arithmetic"] < mean["TIES"] < mean["PCB"] < mean["TSV"]
     assert mean["largest |cosine|"] <= 0.35
+
+
+def test_the_page_says_what_the_table_says():
+    figures = pd.read_csv("book/tables/pocket8-figures.csv", index_col=0)
+    page = " ".join(Path("book/pocket8.md").read_text().split())
+    mean, spread = figures["mean"], figures["spread"]
+    assert f"{100 * mean['average'] / mean['experts']:.0f} %" in page
+    assert f"they differ by {mean['PCB'] - mean['TIES']:.3f}, and their spread over the seeds is larger" in page
+    assert mean["PCB"] - mean["TIES"] < min(spread["PCB"], spread["TIES"])
 
 
 def test_recorded_merges_are_what_one_measures(suite):
