@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.suites.speed import keep_freed_memory, one_thread
 from mergekit_lite.suites.tasks import Split
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ def finetune(suite: Suite, task: str, *, seed: int = 0, progress: bool = True) -
     """
     from tqdm.auto import trange
 
-    from mergekit_lite.suites.suite import one_thread
-
     recipe, head, images = suite.recipe, suite.heads[task], suite.task(task).train
     generator = torch.Generator().manual_seed(zlib.crc32(f"{task}, seed {seed}".encode()))
     model = suite.build()  # in inference mode, and it stays there: frozen normalisation statistics
@@ -55,6 +54,7 @@ def finetune(suite: Suite, task: str, *, seed: int = 0, progress: bool = True) -
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.steps)
 
+    keep_freed_memory()
     with one_thread():
         for _ in trange(recipe.steps, desc=f"{task} (seed {seed})", unit="step", disable=None if progress else True):
             batch = draw(images, recipe.batch_size, generator)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from mergekit_lite.checkpoints import PathLike, StateDict
 from mergekit_lite.suites.heads import CosineHead, class_directions, few_per_class
 from mergekit_lite.suites.recipe import Recipe
+from mergekit_lite.suites.speed import keep_freed_memory, one_thread
 from mergekit_lite.suites.tasks import Split, Task, load_folder
 from mergekit_lite.suites.vision import build_backbone, pick_device
 from mergekit_lite.task_vectors import TaskVectors
@@ -24,7 +24,7 @@ from mergekit_lite.task_vectors import TaskVectors
 if TYPE_CHECKING:
     import pandas as pd
 
-# Small batches stay in the processor's cache: on one core 50 images at a time are twice as fast as 250.
+# Images evaluated at a time; more of them are no faster and need more memory.
 EVALUATION_BATCH = 50
 
 
@@ -160,6 +160,7 @@ class Suite:
     @torch.inference_mode()
     def features(self, model: nn.Module, split: Split) -> Tensor:
         """Features (N, c) of all images of a split."""
+        keep_freed_memory()
         with one_thread():
             return torch.cat([model(self.prepare(batch.images)) for batch in split.batches(EVALUATION_BATCH)])
 
@@ -315,14 +316,3 @@ class Suite:
             raise ValueError(f"two folders have the same name: {', '.join(task.name for task in tasks)}.")
         model = build_backbone(backbone, pretrained=pretrained) if isinstance(backbone, str) else backbone
         return cls.from_tasks(name, model, tasks, recipe, seed=seed, device=device)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run small models on one thread: the others would cost more in waiting than they bring."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

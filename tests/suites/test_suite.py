@@ -1,5 +1,8 @@
 """Suites made from folders of images, and the parts suites are made of."""
 
+import platform
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ import mergekit_lite as mkl
 from mergekit_lite.suites import Evaluation, Recipe, Suite
 from mergekit_lite.suites.finetune import augment, draw, finetune
 from mergekit_lite.suites.heads import CosineHead, class_directions, few_per_class
+from mergekit_lite.suites.speed import keep_freed_memory, one_thread
 from mergekit_lite.suites.tasks import Split, load_folder, stratified
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
@@ -195,3 +199,17 @@ def test_without_experts_nothing_is_normalised():
     evaluation = Evaluation({"a": 0.5})
     assert np.isnan(evaluation.normalised)
     assert list(evaluation.to_frame().columns) == ["a", "average"]
+
+
+# ---------------------------------------------------------------- speed
+
+
+def test_one_thread_is_for_a_while_only():
+    torch.set_num_threads(2)
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_memory_is_kept_where_there_is_glibc():
+    assert keep_freed_memory() is (sys.platform == "linux" and platform.libc_ver()[0] == "glibc")
