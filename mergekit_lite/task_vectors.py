@@ -121,7 +121,7 @@ class TaskVectors:
                 gram = rows @ rows.T if gram is None else gram + rows @ rows.T
         if gram is None:
             raise ValueError("these models have no floating-point tensors, so no task vectors.")
-        return gram
+        return (gram + gram.T) / 2  # exactly symmetric, whatever order the products were summed in
 
     def flat(self) -> Tensor:
         """All task vectors as the rows of one (K, d) matrix, in the order of `layers`."""
