@@ -62,6 +62,10 @@ def main(folder):
     print("Setting up {} (once; a few minutes) ...".format(folder), flush=True)
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = [os.path.join(folder, "bin", "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # The pip that came with Python may be years old, and then fails to resolve what newer ones do.
+    if subprocess.run([*pip, "--upgrade", pinned("pip")]).returncode:
+        stop("pip could not be updated; its message is above. Check the network.")
+    pip += ["--constraint", "constraints.txt"]
     if wants_cpu_torch():
         # A version that ends in +cpu exists as a CPU build only, wherever pip may look: CUDA can't slip in.
         wanted = [pinned("torch") + "+cpu", pinned("torchvision")]
@@ -73,7 +77,7 @@ def main(folder):
                     wanted[0], index[1]
                 )
             )
-    if subprocess.run([*pip, "--constraint", "constraints.txt", "--editable", ".[book,test]"]).returncode:
+    if subprocess.run([*pip, "--editable", ".[book,test]"]).returncode:
         stop("pip failed; its message is above.")
 
 
