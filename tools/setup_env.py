@@ -62,9 +62,6 @@ def main(folder):
     print("Setting up {} (once; a few minutes) ...".format(folder), flush=True)
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = [os.path.join(folder, "bin", "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    # The pip that came with Python may be years old, and then fails to resolve what newer ones do.
-    if subprocess.run([*pip, "--upgrade", pinned("pip")]).returncode:
-        stop("pip could not be updated; its message is above. Check the network.")
     pip += ["--constraint", "constraints.txt"]
     if wants_cpu_torch():
         # A version that ends in +cpu exists as a CPU build only, wherever pip may look: CUDA can't slip in.
