@@ -26,6 +26,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pylint --disable=all --enable=duplicate-code --min-similarity-lines=6 mergekit_lite tests tools benchmarks
 
 lab: $(VENV)/.ready
 	$(BIN)/jupyter lab notebooks/11_first_merge.ipynb

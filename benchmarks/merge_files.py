@@ -1,4 +1,4 @@
-"""Memory and time of merging files: ``python benchmarks/merge_files.py [--experts 4] [--layers 10]``.
+"""Memory and time of merging files: ``python benchmarks/merge_files.py [--experts 4] [--layers 7]``.
 
 Writes a base and K experts of random weights (more than 1 GB in all by default), merges them with
 `merge_files` in a process of its own, and compares
@@ -11,6 +11,7 @@ Writes a base and K experts of random weights (more than 1 GB in all by default)
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 import threading
 import time
@@ -20,7 +21,9 @@ import torch
 
 import mergekit_lite as mkl
 
-SIDE = 2400  # the largest tensor is SIDE x SIDE float32: 23 MB
+# The largest tensor is SIDE x SIDE float32, 36 MB: above 32 MB glibc returns freed memory at once, below it
+# may keep a block or two, which would be counted here as memory in use.
+SIDE = 3000
 
 
 def write_checkpoint(path: Path, seed: int, layers: int) -> None:
@@ -48,10 +51,11 @@ def run(method: str, folder: Path, experts: int, results: multiprocessing.Queue)
         nonlocal peak
         while not done.is_set():
             peak = max(peak, anonymous_memory())
-            time.sleep(0.001)
+            time.sleep(0.002)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+    os.sync()  # what was written before is not our time
     started = time.perf_counter()
     mkl.merge_files(getattr(mkl, method), inputs[0], inputs[1:], folder / "out.safetensors")
     seconds = time.perf_counter() - started
@@ -63,6 +67,7 @@ def run(method: str, folder: Path, experts: int, results: multiprocessing.Queue)
 def floor(folder: Path, experts: int) -> float:
     """Seconds to read every input once and write one output of the same size."""
     buffer = bytearray(1 << 24)
+    os.sync()
     started = time.perf_counter()
     for i in range(experts + 1):
         with open(folder / f"{i}.safetensors", "rb", buffering=0) as file:
@@ -78,7 +83,7 @@ def floor(folder: Path, experts: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/merge_files.json"))
     options = parser.parse_args()
     largest, rows = SIDE * SIDE * 4, []

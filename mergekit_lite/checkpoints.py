@@ -258,6 +258,7 @@ class _StreamedFile:
                 if self.base.stored_name(name) == name:  # a tied name's bytes stand under the first
                     file.seek(8 + len(text) + self.header[name]["data_offsets"][0])
                     _write_bytes(file, tensor)
+                del tensor  # it is on disk; the next one needs the memory
         self.result = SafetensorsFile(self.path)
         return self.result
 

@@ -161,12 +161,13 @@ class TaskVectors:
                         f"the merge of '{name}' has shape {tuple(delta.shape)}; expected {tuple(original.shape)}."
                     )
                 merged = (theta0 + delta).to(original.dtype)
-                del delta  # before the next tensor is read: two large ones never stand side by side
+                del delta, theta0
             else:
                 merged = original.clone()
             if name in shared:
                 done[name] = merged
             yield name, merged
+            del merged, original  # before the next tensors are read: two large ones never stand side by side
 
     def add(self, vector: Tensor) -> StateDict:
         r"""The state dict :math:`\theta_0 + v` for one flat vector v of length d, laid out as in `flat`.

@@ -39,7 +39,7 @@ def task_arithmetic(tv: TaskVectors, *, scale: float | Sequence[float] = 0.3) ->
     Raises:
         ValueError: a scale that is not finite, or neither one number nor K.
     """
-    scales = torch.as_tensor(scale, dtype=torch.float32).expand(len(tv)) if _is_number(scale) else torch.tensor(scale)
+    scales = torch.tensor([scale] * len(tv) if _is_number(scale) else scale, dtype=torch.float32)
     if scales.shape != (len(tv),):
         raise ValueError(f"expected one scale or {len(tv)} (one per task), got {scales.numel()}.")
     if not torch.isfinite(scales).all():

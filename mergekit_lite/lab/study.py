@@ -67,9 +67,13 @@ def measure(suite: Suite, jobs: int = 1) -> dict[str, float]:
 @app.command()
 def figures(jobs: Annotated[int, typer.Option(help="processes")] = 1, out: Path = TABLES) -> None:
     """Measure every shipped seed and write the table of figures."""
+    import pandas as pd
+
     seeds = sorted(int(folder.name.removeprefix("seed")) for folder in (SUITES / "pocket8").glob("seed*"))
     rows = {f"seed {seed}": measure(load_suite("pocket8", seed=seed, device="cpu"), jobs) for seed in seeds}
-    _write(rows, out / "pocket8-figures.csv", spread=True)
+    table = pd.DataFrame(rows)
+    table = table.assign(mean=table.mean(axis=1), spread=table.std(axis=1)).round(4)
+    _write(table, out / "pocket8-figures.csv", "test average of")
 
 
 @app.command()
@@ -78,22 +82,18 @@ def trials(jobs: Annotated[int, typer.Option(help="processes")] = 1, out: Path =
     import pandas as pd
 
     path = out / "pocket8-trials.csv"
-    rows = pd.read_csv(path, index_col=0).to_dict() if path.exists() else {}
+    rows = pd.read_csv(path, index_col=0).to_dict("index") if path.exists() else {}
     for name, changes in TRIALS.items():
         if name not in rows:
             with tempfile.TemporaryDirectory() as folder:
-                rows[name] = measure(build(Recipe().but(**changes), 0, Path(folder)), jobs)
-            _write(rows, path)
+                measured = measure(build(Recipe().but(**changes), 0, Path(folder)), jobs)
+            rows[name] = {row: value for row, value in measured.items() if not row.endswith(("scale", "density"))}
+            _write(pd.DataFrame(rows).T.round(3), path, "recipe")
 
 
-def _write(rows: dict[str, dict[str, float]], path: Path, *, spread: bool = False) -> None:
-    import pandas as pd
-
-    table: pd.DataFrame = pd.DataFrame(rows)
-    if spread:
-        table = table.assign(mean=table.mean(axis=1), spread=table.std(axis=1))
+def _write(table: pd.DataFrame, path: Path, corner: str) -> None:
     with atomic_path(path) as temporary:
-        table.round(4).to_csv(temporary, index_label="test average of")
+        table.to_csv(temporary, index_label=corner)
     typer.echo(table.round(3).to_string())
     typer.echo(f"wrote {path}")
 
