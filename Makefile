@@ -8,7 +8,7 @@ JOBS ?= 2
 # Chapters are committed without progress bars; one thread is fastest for small models.
 RUN := TQDM_DISABLE=1 OMP_NUM_THREADS=1 PYDEVD_DISABLE_FILE_VALIDATION=1
 
-.PHONY: book test lab lint chapters study benchmark readme clean help
+.PHONY: book test lab lint chapters study trials benchmark readme clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -35,9 +35,12 @@ lab: $(VENV)/.ready
 chapters: $(VENV)/.ready
 	$(RUN) $(BIN)/python tools/run_chapters.py
 
-# The suite's table of figures, three seeds (about 10 minutes), and the record of what was tried (hours).
+# The suite's table of figures, three seeds (about 10 minutes), and the record of what was tried (an hour).
 study: $(VENV)/.ready
 	$(BIN)/python -m mergekit_lite.lab.study figures
+
+trials: $(VENV)/.ready
+	$(BIN)/python -m mergekit_lite.lab.study trials
 
 benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/merge_files.py

@@ -39,7 +39,8 @@ def task_arithmetic(tv: TaskVectors, *, scale: float | Sequence[float] = 0.3) ->
     Raises:
         ValueError: a scale that is not finite, or neither one number nor K.
     """
-    scales = torch.tensor([scale] * len(tv) if _is_number(scale) else scale, dtype=torch.float32)
+    scales = torch.as_tensor(scale, dtype=torch.float32)
+    scales = scales.repeat(len(tv)) if scales.ndim == 0 else scales
     if scales.shape != (len(tv),):
         raise ValueError(f"expected one scale or {len(tv)} (one per task), got {scales.numel()}.")
     if not torch.isfinite(scales).all():
@@ -86,7 +87,3 @@ def analogy(tv: TaskVectors, *, a: int | str, b: int | str, c: int | str, scale:
         ValueError: the scale is not finite.
     """
     return task_arithmetic(tv.subset([c, b, a]), scale=[scale, scale, -scale])
-
-
-def _is_number(scale: object) -> bool:
-    return not isinstance(scale, Sequence) and torch.as_tensor(scale).ndim == 0
