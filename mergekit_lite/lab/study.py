@@ -39,7 +39,7 @@ GRIDS: dict[str, tuple[Callable[..., Mapping[str, Tensor]], dict[str, list[float
     "TSV": (tsv, {"scale": [0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0]}),
 }
 
-# What was tried: changes to the recipe, one at a time. Each takes about ten minutes on one core.
+# What was tried: changes to the recipe, one at a time. Each takes about seven minutes on one core.
 TRIALS: dict[str, dict[str, Any]] = {
     "pocket8": {},
     "each task its own centre": {"centre": "task"},

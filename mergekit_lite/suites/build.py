@@ -5,8 +5,9 @@ ImageNet by its authors: 0.7 M parameters, stride 16, 112 channels, averaged ove
 gets a *head* that is never trained: the direction of the mean feature of a few images per class.
 (3) Each *expert* is the base after a few hundred steps of AdamW on one task, its head and its
 normalisation statistics frozen. (4) All weights are rounded to half precision, the base *before* training,
-so that what an expert did not change is exactly zero in its task vector. (5) Everything is measured: the
-accuracies of base and experts, the recipe, the versions and the checksums stand in ``suite.json``.
+so that what an expert did not change is exactly zero in its task vector. (5) Everything is measured:
+recipe, versions and checksums stand in ``suite.json``, the accuracies of base and experts in ``accuracy.json``
+beside each seed's experts.
 
 Every finished expert is on disk, so a build that was interrupted goes on where it stopped.
 """
@@ -23,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from mergekit_lite.checkpoints import StateDict, atomic_path, save
+from mergekit_lite.checkpoints import SafetensorsFile, StateDict, atomic_path, save
 from mergekit_lite.suites.finetune import finetune
 from mergekit_lite.suites.pocket import (
     BACKBONE,
@@ -106,14 +107,9 @@ def trunk_from_pretrained(weights: Path) -> StateDict:
 
 def _expert(suite: Suite, task: str, path: Path) -> StateDict:
     """Train one expert, or read it if it was trained with this very recipe before."""
-    from safetensors import safe_open
-
     recipe = json.dumps(asdict(suite.recipe))
-    if path.exists():
-        with safe_open(path, "pt") as file:
-            trained_with = (file.metadata() or {}).get("recipe")
-        if trained_with == recipe:
-            return read_float32(path)
+    if path.exists() and SafetensorsFile(path).metadata.get("recipe") == recipe:
+        return read_float32(path)
     expert = finetune(suite, task, seed=suite.seed)
     save(half(expert), path, {"task": task, "seed": str(suite.seed), "recipe": recipe, **_versions()})
     return read_float32(path)  # what is evaluated is what is shipped
