@@ -9,26 +9,35 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
+import torch.nn.functional as F
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
-from mergekit_lite.checkpoints import atomic_path
-from mergekit_lite.data_free import average, pcb, task_arithmetic, ties, tsv
+from mergekit_lite.checkpoints import StateDict, atomic_path
+from mergekit_lite.data_free import analogy, average, pcb, task_arithmetic, ties, tsv
 from mergekit_lite.geometry import largest_cosine
 from mergekit_lite.lab.sweeps import best, sweep
-from mergekit_lite.suites.build import build
+from mergekit_lite.linearization import Linearized
+from mergekit_lite.suites.build import build, build_variant
+from mergekit_lite.suites.finetune import finetune
 from mergekit_lite.suites.pocket import SUITES, load_suite
 from mergekit_lite.suites.recipe import Recipe
 from mergekit_lite.suites.suite import Suite
+from mergekit_lite.suites.tasks import SPLITS, Split, Task
+from mergekit_lite.suites.variants import FOUR
+from mergekit_lite.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
     import pandas as pd
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Measure pocket8.")
 TABLES = Path("book/tables")
+WHOLE = 10**9  # more images than any split has
 
 # What is tried for each method; the best on validation images is reported on test images.
 GRIDS: dict[str, tuple[Callable[..., Mapping[str, Tensor]], dict[str, list[float]]]] = {
@@ -91,9 +100,115 @@ def trials(jobs: Annotated[int, typer.Option(help="processes")] = 1, out: Path =
             _write(pd.DataFrame(rows).T.round(3), path, "recipe")
 
 
+@app.command()
+def variants(work: Path = Path("suites"), out: Path = TABLES) -> None:
+    """Four tasks from four kinds of base and training, three seeds each (about 25 minutes; goes on in `work`)."""
+    import pandas as pd
+
+    rows: dict[str, list[dict[str, float]]] = {}
+    for seed in (0, 1, 2):
+        for name in ("pocket8", "pocket8-tangent", "pocket8-far", "pocket8-scratch"):
+            if name == "pocket8":
+                suite = load_suite(name, seed=seed, device="cpu").cut(WHOLE, tasks=FOUR)
+            else:
+                suite = build_variant(name, seed, work / name, trained=FOUR)
+            rows.setdefault(name, []).append(_four(suite))
+    tables = {name: pd.DataFrame(measured) for name, measured in rows.items()}
+    table = pd.DataFrame({name: measured.mean() for name, measured in tables.items()}).T
+    table["spread of the merge"] = [measured["merge"].std() for measured in tables.values()]
+    _write(table.round(3), out / "variants.csv", "suite")
+
+
+def _four(suite: Suite) -> dict[str, float]:
+    """Base, experts and the best task arithmetic of a suite, linearised if it was trained so."""
+
+    def network(state: Mapping[str, Tensor]) -> nn.Module:
+        return Linearized(suite.model, state) if suite.recipe.tangent else suite.build(state)
+
+    tv, scales = suite.task_vectors, (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+    merges = {scale: network(task_arithmetic(tv, scale=scale)) for scale in scales}
+    chosen = max(scales, key=lambda scale: suite.evaluate(merges[scale], split="validation").average)
+    experts = [suite.evaluate(network(expert), tasks=[task])[task] for task, expert in suite.experts.items()]
+    return {
+        "base": suite.evaluate().average,
+        "merge": suite.evaluate(merges[chosen]).average,
+        "scale": chosen,
+        "experts": sum(experts) / len(experts),
+        "largest |cosine|": largest_cosine(tv),
+        "length of a task vector": float(tv.gram().diagonal().sqrt().mean()),
+    }
+
+
+@app.command()
+def analogies(out: Path = TABLES) -> None:
+    """Learn four changes of the images from mnist, and transfer them to other tasks (about four minutes)."""
+    import pandas as pd
+
+    suite = load_suite("pocket8", device="cpu")
+    rows = [row for change in CHANGES for row in _transfer(suite, change)]
+    table = pd.DataFrame(rows).set_index("change of the images").round(3)
+    _write(table, out / "analogies.csv", "change of the images")
+
+
+def _transfer(suite: Suite, change: str) -> list[dict[str, Any]]:
+    """What an expert for changed mnist is worth for other changed tasks, on validation images."""
+
+    def changed(split: Split) -> Split:
+        return Split(CHANGES[change](split.images), split.labels)
+
+    tasks = {
+        name: Task(name, task.classes, *(changed(task.split(split)) for split in SPLITS))
+        for name, task in suite.tasks.items()
+    }
+    elsewhere = replace(suite, tasks=tasks, experts={})
+    moved = finetune(elsewhere, "mnist")
+    rows = []
+    for target in ("letters", "fashion", "scripts"):
+        experts = {"mnist": suite.experts["mnist"], "changed": moved, target: suite.experts[target]}
+        tv = TaskVectors(suite.base, experts)
+
+        def best_of(merges: list[StateDict], target: str = target) -> float:
+            return max(elsewhere.evaluate(merge, split="validation", tasks=[target])[target] for merge in merges)
+
+        scales = (0.4, 0.6, 0.8, 1.0)
+        both = tv.subset([target, "changed"])
+        rows.append(
+            {
+                "change of the images": change,
+                "task": target,
+                "base": best_of([suite.base]),
+                "expert for clean images": best_of([suite.experts[target]]),
+                "expert + changed mnist": best_of([task_arithmetic(both, scale=s) for s in scales]),
+                "analogy": best_of([analogy(tv, a="mnist", b="changed", c=target, scale=s) for s in scales]),
+            }
+        )
+    return rows
+
+
+def _coarse(images: Tensor) -> Tensor:
+    """Images as ten by ten pixels."""
+    small = F.interpolate(images.float(), (10, 10), mode="area")
+    return F.interpolate(small, images.shape[-2:], mode="nearest").byte()
+
+
+def _noisy(images: Tensor) -> Tensor:
+    """Images with Gaussian noise of 60 grey values."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    return (images + 60 * noise).clamp(0, 255).byte()
+
+
+# Changes of the images, for analogies.
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "noise": _noisy,
+    "coarse pixels": _coarse,
+    "turned by 90 degrees": lambda images: images.rot90(1, (-2, -1)),
+    "inverted": lambda images: 255 - images,
+}
+
+
 def _write(table: pd.DataFrame, path: Path, corner: str) -> None:
     with atomic_path(path) as temporary:
-        table.to_csv(temporary, index_label=corner)
+        table.to_csv(temporary, index_label=corner, float_format="%.3f")
     typer.echo(table.round(3).to_string())
     typer.echo(f"wrote {path}")
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ import torch
 import typer
 
 from mergekit_lite.checkpoints import SafetensorsFile, StateDict, atomic_path, save
+from mergekit_lite.linearization import Linearized
 from mergekit_lite.suites.finetune import finetune
 from mergekit_lite.suites.pocket import (
     BACKBONE,
@@ -34,12 +36,15 @@ from mergekit_lite.suites.pocket import (
     SUITES,
     half,
     heads_to_tensors,
+    load_suite,
     read_float32,
+    read_recipe,
     sha256,
 )
 from mergekit_lite.suites.recipe import Recipe
 from mergekit_lite.suites.suite import Suite
 from mergekit_lite.suites.tasks import load_npz
+from mergekit_lite.suites.variants import VARIANTS, add_noise, calibrate
 from mergekit_lite.suites.vision import build_backbone, import_timm
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Build the suites.")
@@ -54,6 +59,19 @@ def pocket8(
     """Rebuild pocket8 for one seed; load the result with load_suite("suites/pocket8", seed=...)."""
     build(Recipe(), seed, out, device)
     typer.echo(f'built seed {seed}; load it with mergekit_lite.load_suite("{out}", seed={seed})')
+
+
+@app.command()
+def variant(
+    name: Annotated[str, typer.Argument(help=", ".join(VARIANTS))],
+    seed: Annotated[int, typer.Option(help="of the fine-tuning")] = 0,
+    out: Annotated[Path | None, typer.Option(help="folder to build in; suites/NAME by default")] = None,
+) -> None:
+    """Build a relative of pocket8 in which one thing is different."""
+    if name not in VARIANTS:
+        raise typer.BadParameter(f"there is no variant '{name}'; there are {', '.join(VARIANTS)}.")
+    built = build_variant(name, seed, out or Path("suites") / name)
+    typer.echo(f"built {name}, seed {seed}: experts of {', '.join(built.experts)}")
 
 
 @app.command()
@@ -84,6 +102,31 @@ def build(recipe: Recipe, seed: int, folder: Path, device: str = "cpu") -> Suite
     return suite
 
 
+def build_variant(name: str, seed: int, folder: Path, trained: Sequence[str] | None = None) -> Suite:
+    """Train what is missing of one seed of a variant (its usual experts, or those named), measure and write it."""
+    chosen = VARIANTS[name]
+    parent = load_suite(chosen.parent, device="cpu")
+    tasks = {task: parent.task(task) for task in chosen.tasks}
+    if chosen.noise:
+        tasks = {task: add_noise(images, chosen.noise) for task, images in tasks.items()}
+    suite = replace(
+        parent, name=name, tasks=tasks, held_out={}, recipe=parent.recipe.but(**chosen.changes), seed=seed, experts={}
+    )
+    if chosen.initialisation is not None:
+        torch.manual_seed(chosen.initialisation)  # timm's initialisation draws from the global generator
+        suite.model = build_backbone(BACKBONE, stages=STAGES)
+        calibrate(suite.model, suite)
+        save(half(suite.model.state_dict()), folder / "base.safetensors")
+        suite.model.load_state_dict(read_float32(folder / "base.safetensors"))
+    if chosen.own_heads:
+        suite.heads = Suite.from_tasks(name, suite.model, tasks.values(), suite.recipe, device="cpu").heads
+        save(heads_to_tensors(suite.heads), folder / "heads.safetensors")
+    for task in trained or chosen.trained.get(seed, chosen.trained[0]):
+        suite.experts[task] = _expert(suite, task, folder / f"seed{seed}" / f"{task}.safetensors")
+    _write_facts(suite, folder, parent=chosen.parent, noise=chosen.noise)
+    return suite
+
+
 def trunk_from_pretrained(weights: Path) -> StateDict:
     """The published weights under timm's names.
 
@@ -108,7 +151,7 @@ def trunk_from_pretrained(weights: Path) -> StateDict:
 def _expert(suite: Suite, task: str, path: Path) -> StateDict:
     """Train one expert, or read it if it was trained with this very recipe before."""
     recipe = json.dumps(asdict(suite.recipe))
-    if path.exists() and SafetensorsFile(path).metadata.get("recipe") == recipe:
+    if path.exists() and read_recipe(json.loads(SafetensorsFile(path).metadata.get("recipe", "{}"))) == suite.recipe:
         return read_float32(path)
     expert = finetune(suite, task, seed=suite.seed)
     save(half(expert), path, {"task": task, "seed": str(suite.seed), "recipe": recipe, **_versions()})
@@ -123,17 +166,17 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _write_facts(suite: Suite, folder: Path) -> None:
+def _write_facts(suite: Suite, folder: Path, **more: Any) -> None:
     """Measure base and experts, and write what was measured and what there is.
 
     Each seed has its accuracies in a file of its own and ``suite.json`` is made anew from what lies in the
     folder, so that several seeds can be built side by side.
     """
-    tasks = [*POCKET8_TASKS, *POCKET8_HELD_OUT]
+    tasks = [*suite.tasks, *suite.held_out]
     measured = {
         split: {
             "base": _rounded(suite.evaluate(split=split, tasks=tasks).accuracy),
-            "experts": _rounded(suite.evaluate_experts(split=split).accuracy),
+            "experts": _rounded(_experts(suite, split)),
         }
         for split in ("validation", "test")
     }
@@ -141,12 +184,24 @@ def _write_facts(suite: Suite, folder: Path) -> None:
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("seed*/*.safetensors"), *folder.glob("images/*.npz")])
     facts = {
         "name": suite.name,
+        **{key: value for key, value in more.items() if value},
+        "tasks": list(suite.tasks),
+        "held_out": list(suite.held_out),
         "backbone": {"name": BACKBONE, "stages": STAGES},
         "recipe": asdict(suite.recipe),
         "versions": _versions(),
         "sha256": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
     }
     _write_json(facts, folder / "suite.json")
+
+
+def _experts(suite: Suite, split: str) -> dict[str, float]:
+    """Each expert on its own task, as the network it was trained as."""
+    networks = {
+        task: Linearized(suite.model, expert) if suite.recipe.tangent else suite.build(expert)
+        for task, expert in suite.experts.items()
+    }
+    return {task: suite.evaluate(network, split=split, tasks=[task])[task] for task, network in networks.items()}
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.linearization import Linearized
 from mergekit_lite.suites.speed import keep_freed_memory, one_thread
 from mergekit_lite.suites.tasks import Split
 
@@ -50,7 +51,8 @@ def finetune(suite: Suite, task: str, *, seed: int = 0, progress: bool = True) -
     model = suite.build()  # in inference mode, and it stays there: frozen normalisation statistics
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(recipe.frozen) if recipe.frozen else True)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    network = Linearized(model) if recipe.tangent else model
+    trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.steps)
 
@@ -59,7 +61,7 @@ def finetune(suite: Suite, task: str, *, seed: int = 0, progress: bool = True) -
         for _ in trange(recipe.steps, desc=f"{task} (seed {seed})", unit="step", disable=None if progress else True):
             batch = draw(images, recipe.batch_size, generator)
             pixels = augment(suite.prepare(batch.images), recipe.augmentation, generator)
-            loss = F.cross_entropy(head(model(pixels)), batch.labels.to(suite.device))
+            loss = F.cross_entropy(head(network(pixels)), batch.labels.to(suite.device))
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"training '{task}' diverged; try a smaller learning_rate.")
             optimizer.zero_grad()
@@ -67,7 +69,8 @@ def finetune(suite: Suite, task: str, *, seed: int = 0, progress: bool = True) -
             torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
             optimizer.step()
             schedule.step()
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    moved = network.model if isinstance(network, Linearized) else network
+    return {name: tensor.detach() for name, tensor in moved.state_dict().items()}
 
 
 def draw(split: Split, size: int, generator: torch.Generator) -> Split:

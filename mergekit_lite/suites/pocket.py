@@ -5,18 +5,20 @@
     pocket8/
         base.safetensors      the pre-trained trunk, the common ancestor
         heads.safetensors     one frozen head per task
-        suite.json            recipe, versions, sha256 of every file
+        suite.json            recipe, tasks, versions, sha256 of every file
         images/<task>.npz     train / validation / test
         seed0/                <task>.safetensors, the experts, and accuracy.json; likewise seed1, seed2
+    pocket8-scratch/          only what differs: the rest is read from the "parent" that its suite.json names
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from mergekit_lite.suites.heads import CosineHead
 from mergekit_lite.suites.recipe import Recipe
 from mergekit_lite.suites.suite import Suite
 from mergekit_lite.suites.tasks import Task, load_npz
+from mergekit_lite.suites.variants import add_noise
 from mergekit_lite.suites.vision import build_backbone, pick_device
 
 SUITES = Path(__file__).parent
@@ -42,8 +45,11 @@ def load_suite(name: PathLike = "pocket8", *, seed: int = 0, device: str = "auto
     never merged. The inverted-bottleneck expansions and the other 1x1 convolutions of the trunk are
     the linear layers that methods such as RegMean, LoRA or WEMoE ask for: linear maps over pixels.
 
+    Its relatives ``pocket8-scratch``, ``pocket8-scratch-other``, ``pocket8-far``, ``pocket8-tangent`` and
+    ``pocket8-noisy`` differ in one thing each (`mergekit_lite.suites.variants`).
+
     Args:
-        name: of the suite, ``"pocket8"``; or the folder of one that you built.
+        name: of the suite, such as ``"pocket8"``; or the folder of one that you built.
         seed: which fine-tuning of the eight experts; the base and the heads are the same for all.
         device: where models are run: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
 
@@ -60,28 +66,51 @@ def load_suite(name: PathLike = "pocket8", *, seed: int = 0, device: str = "auto
         raise ValueError(f"'{name}' has no experts of seed {seed}; there are the seeds {there}.")
     where = pick_device(device)
     model = build_backbone(BACKBONE, stages=STAGES)
-    model.load_state_dict(read_float32(folder / "base.safetensors"))
-    recipe = Recipe().but(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts["recipe"].items()})
+    model.load_state_dict(read_float32(find(folder, "base.safetensors")))
+    recipe = read_recipe(facts["recipe"])
+
+    def images(names: Iterable[str]) -> dict[str, Task]:
+        return {task: _images(find(folder, f"images/{task}.npz"), facts.get("noise", 0.0)) for task in names}
+
     suite = Suite(
         facts["name"],
         model.to(where),
-        {task: _images(folder / "images" / f"{task}.npz") for task in POCKET8_TASKS},
-        load_heads(folder / "heads.safetensors", recipe.temperature, where),
+        images(facts["tasks"]),
+        load_heads(find(folder, "heads.safetensors"), recipe.temperature, where),
         recipe,
-        held_out={task: _images(folder / "images" / f"{task}.npz") for task in POCKET8_HELD_OUT},
+        held_out=images(facts["held_out"]),
         seed=seed,
         recorded=json.loads((folder / f"seed{seed}" / "accuracy.json").read_text()),
         device=where,
     )
     for task in suite.tasks:
-        expert = read_float32(folder / f"seed{seed}" / f"{task}.safetensors")
-        suite.experts[task] = {key: tensor.to(where) for key, tensor in expert.items()}
+        if (path := folder / f"seed{seed}" / f"{task}.safetensors").is_file():
+            suite.experts[task] = {key: tensor.to(where) for key, tensor in read_float32(path).items()}
     return suite
+
+
+def find(folder: Path, name: str) -> Path:
+    """The file of a suite, or of the suite that it inherits from.
+
+    Raises:
+        FileNotFoundError: neither has it.
+    """
+    while not (folder / name).is_file():
+        facts = json.loads((folder / "suite.json").read_text())
+        if "parent" not in facts:
+            raise FileNotFoundError(f"the suite '{facts['name']}' has no file '{name}'.")
+        folder = SUITES / facts["parent"]
+    return folder / name
 
 
 def read_float32(path: PathLike) -> StateDict:
     """A shipped checkpoint, stored in half precision, as float32 (integers as they are)."""
     return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in load(path).items()}
+
+
+def read_recipe(numbers: Mapping[str, Any]) -> Recipe:
+    """A recipe that was written as JSON; what it does not mention has its default."""
+    return Recipe().but(**{k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()})
 
 
 def half(state: Mapping[str, Tensor]) -> StateDict:
@@ -109,6 +138,6 @@ def sha256(path: PathLike) -> str:
 
 
 @cache
-def _images(path: Path) -> Task:
+def _images(path: Path, noise: float) -> Task:
     """Images are decompressed once per process and shared by all suites: nobody changes them."""
-    return load_npz(path)
+    return add_noise(load_npz(path), noise) if noise else load_npz(path)

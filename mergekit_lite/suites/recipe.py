@@ -26,6 +26,7 @@ class Recipe:
         augmentation: 0 shows training images as they are; 1 shifts them by up to 12 %, scales them by up
             to 10 % and turns them by up to 0.15 radians.
         frozen: parameters whose names begin like one of these are not trained.
+        tangent: train the network linearised around the base (`mergekit_lite.linearization`), not the network.
     """
 
     resolution: int = 56
@@ -40,6 +41,7 @@ class Recipe:
     clip: float = 1.0
     augmentation: float = 0.5
     frozen: tuple[str, ...] = ()
+    tangent: bool = False
 
     def but(self, **changes: Any) -> Recipe:
         """This recipe with some numbers changed.

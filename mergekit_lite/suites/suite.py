@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,13 +189,38 @@ class Suite:
             KeyError: there is no such task.
             ValueError: there is no such split.
         """
-        model = state.eval() if isinstance(state, nn.Module) else self.build(state)
-        accuracy = {}
+        model, accuracy = self._as_module(state), {}
         for name in self.tasks if tasks is None else tasks:
             images = self.task(name).split(split)
-            predicted = self.logits(model, name, images).argmax(1).cpu()
-            accuracy[name] = (predicted == images.labels).float().mean().item()
+            accuracy[name] = (self.predict(model, name, split=split) == images.labels).float().mean().item()
         return Evaluation(accuracy, self.recorded.get(split, {}).get("experts", {}), split)
+
+    def predict(self, state: Mapping[str, Tensor] | nn.Module | None, task: str, *, split: str = "test") -> Tensor:
+        """The class that one set of weights predicts for every image of a task's split, shape (N,), on the CPU.
+
+        Raises:
+            As `evaluate`.
+        """
+        return self.logits(self._as_module(state), task, self.task(task).split(split)).argmax(1).cpu()
+
+    def losses(
+        self,
+        state: Mapping[str, Tensor] | nn.Module | None = None,
+        *,
+        split: str = "validation",
+        tasks: Iterable[str] | None = None,
+    ) -> dict[str, float]:
+        """Mean cross-entropy (in nats) per task; arguments and errors are those of `evaluate`."""
+        model, losses = self._as_module(state), {}
+        for name in self.tasks if tasks is None else tasks:
+            images = self.task(name).split(split)
+            logits = self.logits(model, name, images)
+            losses[name] = F.cross_entropy(logits, images.labels.to(logits.device)).item()
+        return losses
+
+    def _as_module(self, state: Mapping[str, Tensor] | nn.Module | None) -> nn.Module:
+        """The backbone with these weights, in inference mode."""
+        return state.eval() if isinstance(state, nn.Module) else self.build(state)
 
     def evaluate_experts(self, *, split: str = "test") -> Evaluation:
         """Each expert on its own task: the ceiling that merges are measured against."""
@@ -216,6 +241,34 @@ class Suite:
         if name not in known:
             raise KeyError(f"no task named '{name}'; there are {', '.join(known)}.")
         return known[name]
+
+    def cut(self, images: int, *, tasks: Iterable[str] | None = None, seed: int = 0) -> Suite:
+        """This suite with fewer tasks and at most `images` images in each split, for maps of many merges.
+
+        Args:
+            images: how many of each split to keep, drawn at random.
+            tasks: names of tasks to keep, in the suite's order; by default all.
+            seed: of the draw.
+
+        Raises:
+            KeyError: there is no such task.
+            ValueError: fewer than one image.
+        """
+        if images < 1:
+            raise ValueError(f"at least one image per split must remain; got {images}.")
+        generator = torch.Generator().manual_seed(seed)
+
+        def few(split: Split) -> Split:
+            return split[torch.randperm(len(split), generator=generator)[:images].sort().values]
+
+        wanted = {self.task(name).name for name in (self.tasks if tasks is None else tasks)}
+        kept = [task for name, task in self.tasks.items() if name in wanted]
+        smaller = {
+            task.name: replace(task, train=few(task.train), validation=few(task.validation), test=few(task.test))
+            for task in kept
+        }
+        experts = {name: expert for name, expert in self.experts.items() if name in smaller}
+        return replace(self, tasks=smaller, experts=experts, recorded={})
 
     # ---------------------------------------------------------------- making a suite
 

@@ -213,3 +213,35 @@ def test_one_thread_is_for_a_while_only():
 
 def test_memory_is_kept_where_there_is_glibc():
     assert keep_freed_memory() is (sys.platform == "linux" and platform.libc_ver()[0] == "glibc")
+
+
+# ---------------------------------------------------------------- looking closer
+
+
+def test_predictions_losses_and_accuracies_agree(folders):
+    suite = Suite.from_folders(folders, Tiny(), device="cpu", **OPTIONS)
+    for task in suite.tasks:
+        images = suite.tasks[task].test
+        predicted = suite.predict(None, task)
+        assert suite.evaluate(tasks=[task])[task] == pytest.approx((predicted == images.labels).float().mean().item())
+        logits = suite.logits(suite.model, task, images)
+        by_hand = -logits.log_softmax(1)[torch.arange(len(images)), images.labels].mean().item()
+        assert suite.losses(split="test", tasks=[task])[task] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_a_suite_cut_down_is_a_part_of_it(folders):
+    suite = Suite.from_folders(folders, Tiny(), device="cpu", **OPTIONS)
+    suite.finetune(progress=False)
+    cut = suite.cut(3, tasks=["two"])
+    assert list(cut.tasks) == list(cut.experts) == ["two"]
+    assert [len(cut.tasks["two"].split(split)) for split in ("train", "validation", "test")] == [3, 3, 3]
+    whole = {image.numpy().tobytes() for image in suite.tasks["two"].test.images}
+    assert all(image.numpy().tobytes() in whole for image in cut.tasks["two"].test.images)
+    again = suite.cut(3, tasks=["two"])
+    assert torch.equal(cut.tasks["two"].train.images, again.tasks["two"].train.images)
+    assert len(suite.tasks) == 2, "the suite is not changed"
+    assert len(suite.cut(10**9).tasks["three"].test) == len(suite.tasks["three"].test)
+    with pytest.raises(KeyError, match="no task named 'four'"):
+        suite.cut(3, tasks=["four"])
+    with pytest.raises(ValueError, match="at least one image"):
+        suite.cut(0)
