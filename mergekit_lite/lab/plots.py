@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from mergekit_lite.geometry import cosines
 from mergekit_lite.suites.suite import Evaluation, Suite
@@ -79,6 +80,80 @@ def plot_sweep(table: pd.DataFrame, x: str = "scale", *, references: Mapping[str
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
+    return figure
+
+
+def plot_curves(
+    x: Sequence[float],
+    curves: Mapping[str, Sequence[float]],
+    *,
+    xlabel: str,
+    ylabel: str = "accuracy",
+    log: bool = False,
+) -> Figure:
+    """Several curves over one axis, with markers where something was measured.
+
+    Args:
+        x: n positions.
+        curves: n values each, by the name to show in the legend.
+        xlabel: of the horizontal axis.
+        ylabel: of the vertical axis.
+        log: make the horizontal axis logarithmic.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.5, 3.6))
+    markers = "osD^vP*X"
+    for i, (name, values) in enumerate(curves.items()):
+        axis.plot(x, list(values), marker=markers[i % 8], ms=5, color=COLOURS[i % 8], label=name)
+    if log:
+        axis.set_xscale("log")
+        axis.set_xticks(list(x), [f"{value:g}" for value in x])
+        axis.minorticks_off()
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
+def plot_maps(
+    maps: Mapping[str, Tensor], grid: Sequence[float], tasks: Sequence[str], *, label: str, top: float | None = None
+) -> Figure:
+    r"""Heat maps over the plane of two scales, two in a row, with one colour scale.
+
+    Args:
+        maps: (n, n) each, row i at :math:`\lambda_1` = grid[i], column j at :math:`\lambda_2` = grid[j].
+        grid: the n scales, evenly spaced.
+        tasks: the names of the two tasks.
+        label: what the colours mean.
+        top: the value of the brightest colour; by default the largest there is.
+    """
+    import matplotlib.pyplot as plt
+
+    columns = min(2, len(maps))
+    rows = -(-len(maps) // columns)
+    size = (3.7 * columns + 1, 3.7 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    half = (grid[1] - grid[0]) / 2
+    extent = (grid[0] - half, grid[-1] + half, grid[0] - half, grid[-1] + half)
+    brightest = top if top is not None else max(float(values.max()) for values in maps.values())
+    for axis, (title, values) in zip(axes.flat, maps.items(), strict=False):
+        # imshow's rows run upwards here, and they are the vertical axis: task 2 goes up, task 1 to the right.
+        image = axis.imshow(values.T.numpy(), origin="lower", extent=extent, vmin=0, vmax=brightest, cmap="viridis")
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(list(grid), [f"{value:g}" for value in grid])
+        axis.set_yticks(list(grid), [f"{value:g}" for value in grid])
+        axis.set(xlabel=rf"$\lambda$ of {tasks[0]}", ylabel=rf"$\lambda$ of {tasks[1]}")
+        for point, name, place in (
+            ((0, 0), "base", (5, 5)),
+            ((1, 0), "expert", (-34, 5)),
+            ((0, 1), "expert", (5, -12)),
+        ):
+            if grid[0] <= min(point) and max(point) <= grid[-1]:
+                axis.plot(*point, "o", color="white", mec="black", ms=6)
+                axis.annotate(name, point, xytext=place, textcoords="offset points", color="white", fontsize=8)
+    figure.colorbar(image, ax=axes, label=label, shrink=0.9)
     return figure
 
 

@@ -5,11 +5,20 @@ import dataclasses
 import matplotlib as mpl
 import pandas as pd
 import pytest
+import torch
 
 import mergekit_lite as mkl
 from mergekit_lite.lab import best, sweep
-from mergekit_lite.lab.plots import plot_cosines, plot_merges, plot_sweep, show_images, show_source
-from mergekit_lite.lab.widgets import explore_scale, merges_at
+from mergekit_lite.lab.plots import (
+    plot_cosines,
+    plot_curves,
+    plot_maps,
+    plot_merges,
+    plot_sweep,
+    show_images,
+    show_source,
+)
+from mergekit_lite.lab.widgets import edits_at, explore_edit, explore_pair, explore_scale, merges_at, pairs_at
 from mergekit_lite.suites import compare
 
 mpl.use("agg")
@@ -109,13 +118,71 @@ def test_a_methods_source_is_its_file():
 # ---------------------------------------------------------------- explorers
 
 
-def test_the_explorer_draws_at_its_extremes(two):
+def heights(figure):
+    """Heights of the bars per merge, without the average."""
+    return [[bar.get_height() for bar in bars][:-1] for bars in figure.axes[0].containers]
+
+
+def extremes(explorer):
+    """Set every slider to its ends and every menu to its last entry, and draw each time."""
+    for control in explorer.children[:-1]:
+        for value in (control.min, control.max) if hasattr(control, "min") else (control.options[-1],):
+            control.value = value
+            explorer.update()
+            assert not [o for o in explorer.out.outputs if o["output_type"] == "error"], explorer.out.outputs
+            yield {c.description: c.value for c in explorer.children[:-1]}
+
+
+def test_the_scale_explorer_at_its_extremes(two):
     explorer = explore_scale(two, mkl.task_arithmetic)
-    slider = explorer.children[0]
-    for value in (slider.min, slider.max):
-        slider.value = value
-        explorer.update()
+    assert [at["scale λ"] for at in extremes(explorer)] == [0.0, 1.0]
+    for value in (0.0, 1.0):
         figure = merges_at(two, mkl.task_arithmetic, [value])
-        bars = figure.axes[0].containers[0]
         merged = two.evaluate(mkl.task_arithmetic(two.task_vectors, scale=value), split="validation")
-        assert [bar.get_height() for bar in bars][:-1] == pytest.approx(list(merged.values()))
+        assert heights(figure) == [pytest.approx(list(merged.values()))]
+        assert figure.get_label() == f"λ = {value:.2f}: average accuracy {merged.average:.3f} on validation images"
+
+
+def test_the_edit_explorer_at_its_extremes(two):
+    seen = list(extremes(explore_edit(two)))
+    assert [(at["task"], at["scale λ"]) for at in seen] == [
+        ("emoji_category", 0.5),
+        ("emoji_category", -1.0),
+        ("emoji_category", 1.0),
+    ]
+    figure = edits_at(two, "photo_digits", [-1.0, 1.0])
+    forgot = two.evaluate(mkl.negation(two.task_vectors, forget="photo_digits", scale=1.0), split="validation")
+    expert = two.evaluate(two.experts["photo_digits"], split="validation")
+    assert heights(figure) == [pytest.approx(list(forgot.values())), pytest.approx(list(expert.values()))]
+
+
+def test_the_pair_explorer_at_its_extremes(two):
+    names = list(two.tasks)
+    explorer = explore_pair(two, names)
+    assert len(list(extremes(explorer))) == 4
+    alone, both = heights(pairs_at(two, names, [(1.0, 1.0)]))
+    assert alone == pytest.approx(list(two.evaluate_experts(split="validation").values()))
+    merged = two.evaluate(mkl.task_arithmetic(two.task_vectors, scale=1.0), split="validation")
+    assert both == pytest.approx(list(merged.values()))
+    with pytest.raises(ValueError, match="expected two tasks, got 1"):
+        pairs_at(two, names[:1], [(1.0, 1.0)])
+
+
+# ---------------------------------------------------------------- curves and maps
+
+
+def test_curves_go_through_the_values():
+    axis = plot_curves([1, 2, 4], {"a": [0.1, 0.2, 0.3]}, xlabel="x", log=True).axes[0]
+    assert list(axis.get_lines()[0].get_xydata()[:, 1]) == [0.1, 0.2, 0.3]
+    assert axis.get_xscale() == "log"
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "2", "4"]
+
+
+def test_a_map_has_the_first_task_to_the_right():
+    values = torch.tensor([[0.0, 0.1], [0.8, 0.3]], dtype=torch.float64)  # 0.8 where the first scale is 1
+    figure = plot_maps({"one": values, "two": values}, [0.0, 1.0], ["a", "b"], label="accuracy")
+    image = figure.axes[0].images[0]
+    assert image.get_array()[0, 1] == 0.8  # bottom row (origin below), right column
+    assert image.origin == "lower"
+    assert image.get_clim() == (0.0, 0.8)
+    assert figure.axes[0].get_xlabel().endswith("of a")
