@@ -1,6 +1,7 @@
 # make book   run every chapter and build the site
 # make test   check everything: style, types, tests, and every chapter's outputs
 # make lab    open the first chapter in JupyterLab
+# make course write the chapters for students and for instructors: course/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ JOBS ?= 2
 # Chapters are committed without progress bars; one thread is fastest for small models.
 RUN := TQDM_DISABLE=1 OMP_NUM_THREADS=1 PYDEVD_DISABLE_FILE_VALIDATION=1
 
-.PHONY: book test lab lint chapters study trials benchmark readme clean help
+.PHONY: book test nbval lab course lint chapters study trials benchmark readme clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -19,6 +20,10 @@ book: $(VENV)/.ready
 
 test: $(VENV)/.ready lint
 	$(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests mergekit_lite
+	$(MAKE) nbval
+
+# Run the chapters and compare every output with the committed one.
+nbval: $(VENV)/.ready
 	$(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval --nbval-current-env \
 		--nbval-sanitize-with tools/nbval_sanitize.cfg -p no:warnings notebooks
 
@@ -31,13 +36,18 @@ lint: $(VENV)/.ready
 lab: $(VENV)/.ready
 	$(BIN)/jupyter lab notebooks/11_first_merge.ipynb
 
+course: $(VENV)/.ready
+	$(BIN)/python tools/course.py
+
 # Run the chapters in place, to commit them with their outputs.
 chapters: $(VENV)/.ready
 	$(RUN) $(BIN)/python tools/run_chapters.py
 
-# The suite's table of figures, three seeds (about 10 minutes), and the record of what was tried (an hour).
+# The tables of figures: the suite, its variants and the analogies (40 minutes), and what was tried (an hour).
 study: $(VENV)/.ready
 	$(BIN)/python -m mergekit_lite.lab.study figures
+	$(BIN)/python -m mergekit_lite.lab.study variants
+	$(BIN)/python -m mergekit_lite.lab.study analogies
 
 trials: $(VENV)/.ready
 	$(BIN)/python -m mergekit_lite.lab.study trials

@@ -1,8 +1,8 @@
 """Run chapters in place and write them as they are committed: ``make chapters``, or with names of notebooks.
 
 Outputs are stored, except those of cells tagged `remove-output` (explorers, which need a running kernel), and
-without widget state or the running machine's versions. The figure of the cell tagged `cover` becomes the
-picture on the README and on the book's first page.
+without widget state or the running machine's versions. The figure of a cell tagged `picture-NAME` is also
+written to book/images/NAME.png, for the README and the book's first page.
 """
 
 import base64
@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-COVER = Path("book/images/merges.png")
+IMAGES = Path("book/images")
 
 
 def run(path: Path) -> None:
@@ -24,9 +24,8 @@ def run(path: Path) -> None:
         tags = cell.metadata.get("tags", [])
         if "remove-output" in tags:
             cell.outputs = []
-        if "cover" in tags:
-            COVER.parent.mkdir(exist_ok=True)
-            COVER.write_bytes(base64.b64decode(cell.outputs[0].data["image/png"]))
+        for name in (tag.removeprefix("picture-") for tag in tags if tag.startswith("picture-")):
+            (IMAGES / f"{name}.png").write_bytes(base64.b64decode(cell.outputs[0].data["image/png"]))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     nbformat.write(notebook, path)
