@@ -162,7 +162,7 @@ SPOILT = {
     "sections_in_order: the sections are The question": in_text("## Summary", "## In short"),
     "package_is_installed_first": drop_first_code_cell,
     "equations_are_numbered: displayed equations": add_text("$$\n\\lambda = 1\n$$"),
-    "equations_are_numbered: 6 displayed": add_text("```{math}\n\\lambda = 1\n```"),
+    "equations_are_numbered: 5 displayed": add_text("```{math}\n\\lambda = 1\n```"),
     "equations_are_numbered: eq-lonely": add_text("```{math}\n:label: eq-lonely\n\\lambda = 1\n```"),
     "claims_have_asserts": without_asserts,
     "exercises_are_complete: 2 exercises": drop_two_exercises,

@@ -29,6 +29,7 @@ SYMBOL = re.compile(
 )
 LETTER = re.compile(r"(?<![A-Za-z\\])([A-Za-z])(?![A-Za-z])")
 MATH = re.compile(r"```\{math\}\n(.*?)```|\$([^$\n]+)\$", re.DOTALL)
+CODE = re.compile(r"```python\n.*?```|(?<!`)`[^`\n]+`(?!`)", re.DOTALL)
 LOCAL = re.compile(r"(?:/home/|/root/|/tmp/|/work/|/Users/|[A-Z]:\\\\)")
 TIMING = re.compile(r"\d+(?:\.\d+)? ?(?:ms|µs|s|secs?|seconds|min|minutes)\b|\d ?it/s\b|\bWall time\b")
 
@@ -229,9 +230,7 @@ def references_are_the_chapters_own(notebook):
 def symbols(words: str) -> set[str]:
     """Greek letters by name and Latin letters that stand alone, in all formulas of a text."""
     found: set[str] = set()
-    for display, inline in MATH.findall(
-        re.sub(r"```(?:python)?\n.*?```|`[^`]*`", "", _no_code(words), flags=re.DOTALL)
-    ):
+    for display, inline in MATH.findall(CODE.sub("", words)):
         formula = re.sub(r"^:label:.*$", "", display or inline, flags=re.MULTILINE)
         while (shorter := LAYOUT.sub(" ", formula)) != formula:
             formula = shorter
@@ -241,11 +240,6 @@ def symbols(words: str) -> set[str]:
         formula = re.sub(r"\^\{?\\?top\}?", " ", formula)
         found |= set(LETTER.findall(re.sub(r"_", " ", formula)))
     return found
-
-
-def _no_code(words: str) -> str:
-    """The text without its blocks of Python, but with its blocks of mathematics."""
-    return re.sub(r"```python\n.*?```", "", words, flags=re.DOTALL)
 
 
 def known_symbols() -> set[str]:
