@@ -156,7 +156,7 @@ def widget_state(notebook):
 SPOILT = {
     "opening: no **Objectives.**": in_text("**Objectives.**", "Objectives."),
     "opening: no **Prerequisites.**": in_text("**Prerequisites.**", "You need"),
-    "opening: the time is given in minutes": in_text("minutes to run", "moments to run, 5"),
+    "opening: the time is given in minutes": in_text("1 minute to run", "a moment to run"),
     "opening: the first cell is the title": lambda n: n.cells.insert(0, nbformat.v4.new_code_cell("1")),
     "sections_in_order": in_text("## Where it fails", "## Odds and ends"),
     "sections_in_order: the sections are The question": in_text("## Summary", "## In short"),

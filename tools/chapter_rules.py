@@ -92,7 +92,7 @@ def opening(notebook):
         if f"**{word}.**" not in text(notebook).split("\n## ")[0]:
             yield f"no **{word}.** before the first section"
     time = re.search(r"\*\*Time\.\*\*.*", text(notebook))
-    if time and not re.search(r"\d+ minutes", time[0]):
+    if time and not re.search(r"\d+ minutes?\b", time[0]):
         yield "the time is given in minutes"
 
 

@@ -125,7 +125,7 @@ def _four(suite: Suite) -> dict[str, float]:
     def network(state: Mapping[str, Tensor]) -> nn.Module:
         return Linearized(suite.model, state) if suite.recipe.tangent else suite.build(state)
 
-    tv, scales = suite.task_vectors, (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+    tv, scales = suite.task_vectors, (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
     merges = {scale: network(task_arithmetic(tv, scale=scale)) for scale in scales}
     chosen = max(scales, key=lambda scale: suite.evaluate(merges[scale], split="validation").average)
     experts = [suite.evaluate(network(expert), tasks=[task])[task] for task, expert in suite.experts.items()]

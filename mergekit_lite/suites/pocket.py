@@ -46,7 +46,7 @@ def load_suite(name: PathLike = "pocket8", *, seed: int = 0, device: str = "auto
     the linear layers that methods such as RegMean, LoRA or WEMoE ask for: linear maps over pixels.
 
     Its relatives ``pocket8-scratch``, ``pocket8-scratch-other``, ``pocket8-far``, ``pocket8-tangent`` and
-    ``pocket8-noisy`` differ in one thing each (`mergekit_lite.suites.variants`).
+    ``pocket8-noisy`` differ in one thing above all (`mergekit_lite.suites.variants`).
 
     Args:
         name: of the suite, such as ``"pocket8"``; or the folder of one that you built.

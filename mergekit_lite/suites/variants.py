@@ -1,4 +1,4 @@
-"""Relatives of pocket8 in which one thing is different, to see what merging depends on.
+"""Relatives of pocket8 in which one thing above all is different, to see what merging depends on.
 
 Each is a suite of its own, loaded with ``load_suite("pocket8-scratch")`` and so on. It holds only what differs;
 images, base and heads that it does not have are its parent's.
