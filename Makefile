@@ -48,6 +48,7 @@ study: $(VENV)/.ready
 	$(BIN)/python -m mergekit_lite.lab.study figures
 	$(BIN)/python -m mergekit_lite.lab.study variants
 	$(BIN)/python -m mergekit_lite.lab.study analogies
+	$(BIN)/python -m mergekit_lite.lab.study edits
 
 trials: $(VENV)/.ready
 	$(BIN)/python -m mergekit_lite.lab.study trials

@@ -1,0 +1,71 @@
+r"""MetaGPT: a scale per task, in closed form, from the lengths of the task vectors.
+
+Zhou et al., "MetaGPT: merging large language models using model exclusive task arithmetic", EMNLP 2024
+(arXiv:2406.11385). Merging costs task t the *task loss difference*, its loss in the merge minus its loss in its own
+expert. Expanding around the expert, where the gradient vanishes,
+
+.. math::
+   \mathrm{TLD}_t \approx \tfrac12\, h_t^\top H_t\, h_t, \qquad h_t = \sum_k \lambda_k \tau_k - \tau_t .
+
+The paper linearises the network and assumes a squared loss. Then :math:`\tau_t` is proportional to the network's
+gradient, the Hessian :math:`H_t` to :math:`\tau_t \tau_t^\top`, and Cauchy-Schwarz gives, up to one factor for all
+tasks,
+
+.. math::
+   \sum_t \mathrm{TLD}_t \;\le\; \sum_t \|\tau_t\|^2\, \|v - \tau_t\|^2, \qquad v = \sum_k \lambda_k \tau_k .
+
+The right-hand side is a sum of squared distances from v, weighted by :math:`\|\tau_t\|^2`. Its minimum over *all*
+vectors v is the weighted centroid, a combination of task vectors with the coefficients (the paper's equation 15)
+
+.. math::
+   \lambda_t = \frac{\|\tau_t\|^2}{\sum_k \|\tau_k\|^2} .
+
+So the orthogonality of the task vectors, which the paper assumes, is not needed for this step. (Its equations 10 and
+39 print :math:`1 - \lambda_k^2` where only :math:`(1 - \lambda_k)^2` leads to equation 15.) The coefficients sum to
+one: task vectors of equal length are simply averaged, and a longer one counts for more.
+"""
+
+import torch
+from torch import Tensor
+
+from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.registry import Need, method
+from mergekit_lite.task_vectors import TaskVectors
+
+
+@method(
+    name="MetaGPT",
+    paper="Zhou et al., MetaGPT: merging large language models using model exclusive task arithmetic, EMNLP",
+    arxiv="2406.11385",
+    year=2024,
+    need=Need.WEIGHTS,
+)
+def metagpt(tv: TaskVectors, *, granularity: str = "whole") -> StateDict:
+    r"""Add the task vectors, each with the scale :math:`\lambda_t = \|\tau_t\|^2 / \sum_k \|\tau_k\|^2`.
+
+    Args:
+        tv: K task vectors.
+        granularity: ``"whole"`` measures whole task vectors, as the paper does; ``"layer"`` measures every tensor on
+            its own.
+
+    Returns:
+        The merged state dict.
+
+    Raises:
+        ValueError: another granularity.
+    """
+    if granularity not in ("whole", "layer"):
+        raise ValueError(f"granularity must be whole or layer; got '{granularity}'.")
+    whole = coefficients(tv.gram().diagonal()) if granularity == "whole" else None
+
+    def merge(name: str, taus: Tensor) -> Tensor:
+        scales = whole if whole is not None else coefficients(taus.double().flatten(1).square().sum(1))
+        return torch.tensordot(scales.to(taus), taus, dims=1)
+
+    return tv.map(merge)
+
+
+def coefficients(squared_lengths: Tensor) -> Tensor:
+    """The K scales, from K squared lengths; all equal where every task vector is zero."""
+    total = squared_lengths.sum()
+    return squared_lengths / total if total > 0 else torch.full_like(squared_lengths, 1 / len(squared_lengths))
