@@ -18,6 +18,8 @@ from mergekit_lite.checkpoints import CheckpointError, load, merge_files, save
 from mergekit_lite.data_free import (
     analogy,
     average,
+    awd,
+    disentangle,
     linear_interpolation,
     metagpt,
     negation,
@@ -44,6 +46,8 @@ __all__ = [
     "TaskVectors",
     "analogy",
     "average",
+    "awd",
+    "disentangle",
     "linear_interpolation",
     "load",
     "load_suite",

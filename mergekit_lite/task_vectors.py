@@ -117,7 +117,7 @@ class TaskVectors:
         gram: Tensor | None = None
         for _, _, taus in self.layers():
             for chunk in taus.flatten(1).split(GRAM_CHUNK, dim=1):
-                rows = chunk.double() if chunk.device.type != "mps" else chunk.cpu().double()
+                rows = float64(chunk)
                 gram = rows @ rows.T if gram is None else gram + rows @ rows.T
         if gram is None:
             raise ValueError("these models have no floating-point tensors, so no task vectors.")
@@ -336,6 +336,11 @@ def _common_ties(base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tens
         theirs = tied_names(expert)
         ties = {n: first if theirs[n] == theirs[first] else n for n, first in ties.items()}
     return ties
+
+
+def float64(tensor: Tensor) -> Tensor:
+    """The tensor in double precision; on the CPU where its device has none (Apple's MPS)."""
+    return tensor.double() if tensor.device.type != "mps" else tensor.cpu().double()
 
 
 def _for_computing(tensor: Tensor) -> Tensor:

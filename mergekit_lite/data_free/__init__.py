@@ -1,6 +1,7 @@
 """Methods that need nothing but the weights."""
 
 from mergekit_lite.data_free.average import average
+from mergekit_lite.data_free.awd import awd, disentangle
 from mergekit_lite.data_free.interpolation import linear_interpolation, slerp
 from mergekit_lite.data_free.metagpt import metagpt
 from mergekit_lite.data_free.pcb import pcb
@@ -11,6 +12,8 @@ from mergekit_lite.data_free.tsv import tsv
 __all__ = [
     "analogy",
     "average",
+    "awd",
+    "disentangle",
     "linear_interpolation",
     "metagpt",
     "negation",

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
 from mergekit_lite.registry import Need, method
-from mergekit_lite.task_vectors import TaskVectors
+from mergekit_lite.task_vectors import TaskVectors, float64
 
 
 @method(
@@ -59,7 +59,7 @@ def metagpt(tv: TaskVectors, *, granularity: str = "whole") -> StateDict:
     whole = coefficients(tv.gram().diagonal()) if granularity == "whole" else None
 
     def merge(name: str, taus: Tensor) -> Tensor:
-        scales = whole if whole is not None else coefficients(taus.double().flatten(1).square().sum(1))
+        scales = whole if whole is not None else coefficients(float64(taus.flatten(1)).square().sum(1))
         return torch.tensordot(scales.to(taus), taus, dims=1)
 
     return tv.map(merge)

@@ -39,7 +39,7 @@ def task_arithmetic(tv: TaskVectors, *, scale: float | Sequence[float] = 0.3) ->
     Raises:
         ValueError: a scale that is not finite, or neither one number nor K.
     """
-    scales = torch.as_tensor(scale, dtype=torch.float32)
+    scales = torch.as_tensor(scale, dtype=torch.float64)
     scales = scales.repeat(len(tv)) if scales.ndim == 0 else scales
     if scales.shape != (len(tv),):
         raise ValueError(f"expected one scale or {len(tv)} (one per task), got {scales.numel()}.")

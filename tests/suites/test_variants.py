@@ -111,6 +111,18 @@ def test_the_table_says_what_chapter_12_says():
     assert abs(gained["inverted"]) < 0.03
 
 
+def test_the_table_of_edits_says_what_chapter_12_says():
+    table = pd.read_csv("book/tables/edits.csv", index_col=0)
+    mean, spread = table["mean"], table["spread"]
+    assert 0.06 < mean["the task to forget, before"] - mean["the task to forget, negated"] < 0.08
+    assert mean["the control tasks, before"] - mean["the control tasks, task negated"] < 0.01
+    for task, margin in {"letters": 0.08, "scripts": 0.04}.items():
+        analogy = mean[f"noisy {task}, analogy"]
+        assert analogy > mean[f"noisy {task}, expert for clean images"] + 0.2
+        assert analogy > mean[f"noisy {task}, expert + noisy mnist"] + margin
+    assert spread["noisy letters, analogy"] > 4 * spread["noisy scripts, analogy"]
+
+
 def test_shipped_variants_agree_with_the_table():
     table = pd.read_csv("book/tables/variants.csv", index_col=0)
     scratch = mkl.load_suite("pocket8-scratch", device="cpu")
