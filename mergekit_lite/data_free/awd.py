@@ -191,39 +191,34 @@ def descend(
     """
     c = gram.new_zeros(gram.shape[:-1])
     velocity = torch.zeros_like(c)
-    losses = [objective(gram, c, alpha, squared)]
+    losses = []
     for _ in range(iterations):
-        velocity = momentum * velocity + gradient(gram, c, alpha, squared) + weight_decay * c
+        loss, slope = loss_and_gradient(gram, c, alpha, squared)
+        losses.append(loss)
+        velocity = momentum * velocity + slope + weight_decay * c
         c = c - step * velocity
-        losses.append(objective(gram, c, alpha, squared))
+    losses.append(loss_and_gradient(gram, c, alpha, squared)[0])
     return c, torch.stack(losses)
 
 
-def objective(gram: Tensor, c: Tensor, alpha: float, squared: bool = False) -> Tensor:
-    """L at δ = Σ c_k τ_k, shape (...)."""
-    k = gram.shape[-1]
-    cosines, _ = _cosines(gram, c)
-    overlap = cosines.abs().sum((-2, -1)) / max(1, k * (k - 1))
-    return overlap + alpha * (_squared_length(gram, c) if squared else _squared_length(gram, c).sqrt())
-
-
-def gradient(gram: Tensor, c: Tensor, alpha: float, squared: bool = False) -> Tensor:
-    r"""The coefficients, shape (..., K), of the gradient of L with respect to δ: it is :math:`\sum_k b_k \tau_k`.
+def loss_and_gradient(gram: Tensor, c: Tensor, alpha: float, squared: bool = False) -> tuple[Tensor, Tensor]:
+    r"""L at δ = Σ c_k τ_k, shape (...), and its gradient with respect to δ, :math:`\sum_k b_k \tau_k`, as b (..., K).
 
     With u_i = τ_i − δ of length n_i, the gradient of cos(u_i, u_j) by u_i is u_j / (n_i n_j) − cos · u_i / n_i².
     Summed over all pairs with the sign of the cosine, and with −1 for the inner derivative, this is a combination of
     the u_i with weights −2 w_i / (K (K − 1)); and Σ w_i u_i has the coefficients w − (Σ w) c.
     """
-    k = gram.shape[-1]
+    pairs = max(1, gram.shape[-1] * (gram.shape[-1] - 1))
     cosines, inverse = _cosines(gram, c)
-    signs = cosines.sign()
-    pairs = signs * (inverse.unsqueeze(-1) * inverse.unsqueeze(-2)) - cosines.abs() * inverse.square().unsqueeze(-1)
-    w = pairs.sum(-1)
-    overlap = -2 / max(1, k * (k - 1)) * (w - w.sum(-1, keepdim=True) * c)
+    signed = cosines.sign() * (inverse.unsqueeze(-1) * inverse.unsqueeze(-2))
+    w = (signed - cosines.abs() * inverse.square().unsqueeze(-1)).sum(-1)
+    overlap, slope = cosines.abs().sum((-2, -1)) / pairs, -2 / pairs * (w - w.sum(-1, keepdim=True) * c)
+    square = torch.einsum("...i,...ij,...j->...", c, gram, c).clamp(min=0)  # ‖δ‖²
     if squared:
-        return overlap + 2 * alpha * c
-    length = _squared_length(gram, c).sqrt().unsqueeze(-1)
-    return overlap + alpha * torch.where(length > 0, c / length, 0.0)  # at δ = 0 the norm's slope is taken as 0
+        return overlap + alpha * square, slope + 2 * alpha * c
+    length = square.sqrt()
+    unit = torch.where(length.unsqueeze(-1) > 0, c / length.unsqueeze(-1), 0.0)  # at δ = 0 the slope is taken as 0
+    return overlap + alpha * length, slope + alpha * unit
 
 
 def _cosines(gram: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,8 +229,3 @@ def _cosines(gram: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     lengths = inner.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     inverse = torch.where(lengths > 0, 1 / lengths, 0.0)
     return inner * inverse.unsqueeze(-1) * inverse.unsqueeze(-2) * (1 - identity), inverse
-
-
-def _squared_length(gram: Tensor, c: Tensor) -> Tensor:
-    """‖δ‖², shape (...)."""
-    return torch.einsum("...i,...ij,...j->...", c, gram, c).clamp(min=0)

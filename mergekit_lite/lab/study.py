@@ -3,6 +3,8 @@
 ``figures`` merges the shipped experts of every seed by each data-free method, with its scale chosen on
 validation images, and writes test accuracies, mean and spread, to ``book/tables``. ``trials`` trains the
 experts of one seed by other recipes and writes the same figures for each: the record of what was tried.
+``variants`` compares the relatives of pocket8, ``edits`` measures forgetting and analogies over the seeds, and
+``analogies`` tries four changes of the images. Each writes one table to ``book/tables``.
 """
 
 from __future__ import annotations
@@ -16,13 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict, atomic_path
 from mergekit_lite.data_free import analogy, average, negation, pcb, task_arithmetic, ties, tsv
 from mergekit_lite.geometry import largest_cosine
 from mergekit_lite.lab.sweeps import best, sweep
-from mergekit_lite.linearization import Linearized
 from mergekit_lite.suites.build import build, build_variant
 from mergekit_lite.suites.finetune import finetune
 from mergekit_lite.suites.pocket import SUITES, load_suite
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Measure pocket8.")
 TABLES = Path("book/tables")
-WHOLE = 10**9  # more images than any split has
 
 # What is tried for each method; the best on validation images is reported on test images.
 GRIDS: dict[str, tuple[Callable[..., Mapping[str, Tensor]], dict[str, list[float]]]] = {
@@ -109,7 +109,7 @@ def variants(work: Path = Path("suites"), out: Path = TABLES) -> None:
     for seed in (0, 1, 2):
         for name in ("pocket8", "pocket8-tangent", "pocket8-far", "pocket8-scratch"):
             if name == "pocket8":
-                suite = load_suite(name, seed=seed, device="cpu").cut(WHOLE, tasks=FOUR)
+                suite = load_suite(name, seed=seed, device="cpu").cut(tasks=FOUR)
             else:
                 suite = build_variant(name, seed, work / name, trained=FOUR)
             rows.setdefault(name, []).append(_four(suite))
@@ -120,20 +120,15 @@ def variants(work: Path = Path("suites"), out: Path = TABLES) -> None:
 
 
 def _four(suite: Suite) -> dict[str, float]:
-    """Base, experts and the best task arithmetic of a suite, linearised if it was trained so."""
-
-    def network(state: Mapping[str, Tensor]) -> nn.Module:
-        return Linearized(suite.model, state) if suite.recipe.tangent else suite.build(state)
-
+    """Base, experts and the best task arithmetic of a suite."""
     tv, scales = suite.task_vectors, (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
-    merges = {scale: network(task_arithmetic(tv, scale=scale)) for scale in scales}
+    merges = {scale: task_arithmetic(tv, scale=scale) for scale in scales}
     chosen = max(scales, key=lambda scale: suite.evaluate(merges[scale], split="validation").average)
-    experts = [suite.evaluate(network(expert), tasks=[task])[task] for task, expert in suite.experts.items()]
     return {
         "base": suite.evaluate().average,
         "merge": suite.evaluate(merges[chosen]).average,
         "scale": chosen,
-        "experts": sum(experts) / len(experts),
+        "experts": suite.evaluate_experts().average,
         "largest |cosine|": largest_cosine(tv),
         "length of a task vector": float(tv.gram().diagonal().sqrt().mean()),
     }
@@ -183,18 +178,24 @@ def _forgetting(suite: Suite) -> dict[str, float]:
 
 def _noise(suite: Suite, noisy: Suite, target: str) -> dict[str, float]:
     """Networks for noisy images of a task that never saw one; scales chosen on validation images."""
-    experts = {"mnist": suite.experts["mnist"], "noise": noisy.experts["mnist"], target: suite.experts[target]}
-    tv, scales = TaskVectors(suite.base, experts), (0.4, 0.6, 0.8, 1.0)
 
     def tested(merges: list[StateDict]) -> float:
         best = max(merges, key=lambda merge: noisy.evaluate(merge, split="validation", tasks=[target])[target])
         return noisy.evaluate(best, tasks=[target])[target]
 
-    both = tv.subset([target, "noise"])
+    ways = _without_examples(suite, noisy.experts["mnist"], target)
+    return {f"noisy {target}, {name}".replace("changed", "noisy"): tested(merges) for name, merges in ways.items()}
+
+
+def _without_examples(suite: Suite, changed: StateDict, target: str) -> dict[str, list[StateDict]]:
+    """Ways to a network for changed images of a task, from an expert for changed mnist, at several scales."""
+    experts = {"mnist": suite.experts["mnist"], "changed": changed, target: suite.experts[target]}
+    tv, scales = TaskVectors(suite.base, experts), (0.4, 0.6, 0.8, 1.0)
+    both = tv.subset([target, "changed"])
     return {
-        f"noisy {target}, expert for clean images": tested([suite.experts[target]]),
-        f"noisy {target}, expert + noisy mnist": tested([task_arithmetic(both, scale=s) for s in scales]),
-        f"noisy {target}, analogy": tested([analogy(tv, a="mnist", b="noise", c=target, scale=s) for s in scales]),
+        "expert for clean images": [suite.experts[target]],
+        "expert + changed mnist": [task_arithmetic(both, scale=s) for s in scales],
+        "analogy": [analogy(tv, a="mnist", b="changed", c=target, scale=s) for s in scales],
     }
 
 
@@ -223,23 +224,13 @@ def _transfer(suite: Suite, change: str) -> list[dict[str, Any]]:
     moved = finetune(elsewhere, "mnist")
     rows = []
     for target in ("letters", "fashion", "scripts"):
-        experts = {"mnist": suite.experts["mnist"], "changed": moved, target: suite.experts[target]}
-        tv = TaskVectors(suite.base, experts)
 
         def best_of(merges: list[StateDict], target: str = target) -> float:
             return max(elsewhere.evaluate(merge, split="validation", tasks=[target])[target] for merge in merges)
 
-        scales = (0.4, 0.6, 0.8, 1.0)
-        both = tv.subset([target, "changed"])
+        ways = {"base": [suite.base]} | _without_examples(suite, moved, target)
         rows.append(
-            {
-                "change of the images": change,
-                "task": target,
-                "base": best_of([suite.base]),
-                "expert for clean images": best_of([suite.experts[target]]),
-                "expert + changed mnist": best_of([task_arithmetic(both, scale=s) for s in scales]),
-                "analogy": best_of([analogy(tv, a="mnist", b="changed", c=target, scale=s) for s in scales]),
-            }
+            {"change of the images": change, "task": target} | {name: best_of(merges) for name, merges in ways.items()}
         )
     return rows
 

@@ -26,7 +26,6 @@ import torch
 import typer
 
 from mergekit_lite.checkpoints import SafetensorsFile, StateDict, atomic_path, save
-from mergekit_lite.linearization import Linearized
 from mergekit_lite.suites.finetune import finetune
 from mergekit_lite.suites.pocket import (
     BACKBONE,
@@ -106,7 +105,7 @@ def build_variant(name: str, seed: int, folder: Path, trained: Sequence[str] | N
     """Train what is missing of one seed of a variant (its usual experts, or those named), measure and write it."""
     chosen = VARIANTS[name]
     parent = load_suite(chosen.parent, device="cpu")
-    tasks = {task: parent.task(task) for task in chosen.tasks}
+    tasks = {task: parent.task(task) for task in chosen.tasks or parent.tasks}
     if chosen.noise:
         tasks = {task: add_noise(images, chosen.noise) for task, images in tasks.items()}
     suite = replace(
@@ -176,7 +175,7 @@ def _write_facts(suite: Suite, folder: Path, **more: Any) -> None:
     measured = {
         split: {
             "base": _rounded(suite.evaluate(split=split, tasks=tasks).accuracy),
-            "experts": _rounded(_experts(suite, split)),
+            "experts": _rounded(suite.evaluate_experts(split=split).accuracy),
         }
         for split in ("validation", "test")
     }
@@ -193,15 +192,6 @@ def _write_facts(suite: Suite, folder: Path, **more: Any) -> None:
         "sha256": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
     }
     _write_json(facts, folder / "suite.json")
-
-
-def _experts(suite: Suite, split: str) -> dict[str, float]:
-    """Each expert on its own task, as the network it was trained as."""
-    networks = {
-        task: Linearized(suite.model, expert) if suite.recipe.tangent else suite.build(expert)
-        for task, expert in suite.experts.items()
-    }
-    return {task: suite.evaluate(network, split=split, tasks=[task])[task] for task, network in networks.items()}
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:

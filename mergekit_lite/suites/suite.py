@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mergekit_lite.checkpoints import PathLike, StateDict
+from mergekit_lite.linearization import Linearized
 from mergekit_lite.suites.heads import CosineHead, class_directions, few_per_class
 from mergekit_lite.suites.recipe import Recipe
 from mergekit_lite.suites.speed import keep_freed_memory, one_thread
@@ -219,8 +220,10 @@ class Suite:
         return losses
 
     def _as_module(self, state: Mapping[str, Tensor] | nn.Module | None) -> nn.Module:
-        """The backbone with these weights, in inference mode."""
-        return state.eval() if isinstance(state, nn.Module) else self.build(state)
+        """The network with these weights, in inference mode: linearised, if the suite's experts were trained so."""
+        if isinstance(state, nn.Module):
+            return state.eval()
+        return Linearized(self.model, state) if self.recipe.tangent and state is not None else self.build(state)
 
     def evaluate_experts(self, *, split: str = "test") -> Evaluation:
         """Each expert on its own task: the ceiling that merges are measured against."""
@@ -242,11 +245,11 @@ class Suite:
             raise KeyError(f"no task named '{name}'; there are {', '.join(known)}.")
         return known[name]
 
-    def cut(self, images: int, *, tasks: Iterable[str] | None = None, seed: int = 0) -> Suite:
+    def cut(self, images: int | None = None, *, tasks: Iterable[str] | None = None, seed: int = 0) -> Suite:
         """This suite with fewer tasks and at most `images` images in each split, for maps of many merges.
 
         Args:
-            images: how many of each split to keep, drawn at random.
+            images: how many of each split to keep, drawn at random; by default all.
             tasks: names of tasks to keep, in the suite's order; by default all.
             seed: of the draw.
 
@@ -254,7 +257,7 @@ class Suite:
             KeyError: there is no such task.
             ValueError: fewer than one image.
         """
-        if images < 1:
+        if images is not None and images < 1:
             raise ValueError(f"at least one image per split must remain; got {images}.")
         generator = torch.Generator().manual_seed(seed)
 

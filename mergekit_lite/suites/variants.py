@@ -18,7 +18,6 @@ from mergekit_lite.suites.suite import Suite
 from mergekit_lite.suites.tasks import SPLITS, Split, Task
 
 FOUR = ("mnist", "fashion", "letters", "icon_family")
-EIGHT = ("mnist", "fashion", "photo_digits", "letters", "scripts", "emoji_category", "icon_family", "textures")
 
 # Images seen once, without labels, to set the normalisation statistics of a network that was never trained.
 CALIBRATION_IMAGES = 100
@@ -30,7 +29,7 @@ class Variant:
 
     Attributes:
         parent: the suite that lends what this one does not have.
-        tasks: the tasks of the suite.
+        tasks: the tasks of the suite; None is the parent's.
         trained: the tasks that have experts, per seed of fine-tuning.
         changes: to the recipe.
         initialisation: the seed of a base with random weights; None is the parent's base.
@@ -39,7 +38,7 @@ class Variant:
     """
 
     parent: str
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] | None
     trained: Mapping[int, tuple[str, ...]]
     changes: Mapping[str, Any] = field(default_factory=dict)
     initialisation: int | None = None
@@ -66,7 +65,7 @@ VARIANTS = {
     # The pre-trained base, fine-tuned as a network that is linear in its weights.
     "pocket8-tangent": Variant("pocket8", FOUR, {0: FOUR}, {"tangent": True, "learning_rate": 1e-3}),
     # All images noisy; an expert for noisy mnist only.
-    "pocket8-noisy": Variant("pocket8", EIGHT, {0: ("mnist",)}, noise=60.0),
+    "pocket8-noisy": Variant("pocket8", None, {0: ("mnist",)}, noise=60.0),
 }
 
 

@@ -38,6 +38,16 @@ def test_recorded_accuracies_are_what_one_measures(name, seed):
     assert measured > 0.9, "every expert is good at its task"
 
 
+def test_a_suite_runs_its_experts_as_the_networks_they_were_trained_as():
+    tangent = mkl.load_suite("pocket8-tangent", device="cpu").cut(20)
+    for task, expert in tangent.experts.items():
+        linear = tangent.predict(Linearized(tangent.model, expert), task)
+        assert torch.equal(tangent.predict(expert, task), linear)
+    whole = mkl.load_suite("pocket8-tangent", device="cpu")
+    measured = whole.evaluate_experts(split="validation")
+    assert dict(measured) == pytest.approx(whole.recorded["validation"]["experts"], abs=0.005)
+
+
 def test_what_a_variant_does_not_have_is_its_parents(suite):
     far, scratch = mkl.load_suite("pocket8-far", device="cpu"), mkl.load_suite("pocket8-scratch", device="cpu")
     other = mkl.load_suite("pocket8-scratch-other", device="cpu")

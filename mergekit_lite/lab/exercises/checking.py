@@ -118,7 +118,7 @@ def pocket8() -> Suite:
 def expect_state(answer: Any, like: Mapping[str, Tensor]) -> None:
     """The answer must be a state dict of the suite's backbone."""
     if not isinstance(answer, Mapping) or not all(isinstance(t, torch.Tensor) for t in answer.values()):
-        raise Wrong(f"expected a state dict, such as mkl.average(tv) returns; got {_kind(answer)}.")
+        raise Wrong(f"expected a state dict, such as mkl.average(tv) returns; got {type(answer).__name__}.")
     if set(answer) != set(like):
         raise Wrong("this is a state dict of another network: its names are not those of the base.")
 
@@ -128,10 +128,16 @@ def expect_number(answer: Any, low: float, high: float, what: str) -> float:
     try:
         value = float(answer)
     except (TypeError, ValueError):
-        raise Wrong(f"expected {what}, a number; got {_kind(answer)}.") from None
+        raise Wrong(f"expected {what}, a number; got {type(answer).__name__}.") from None
     if not low <= value <= high:
         raise Wrong(f"{what} lies between {low:g} and {high:g}; got {value:g}.")
     return value
+
+
+def expect_function(answer: Any) -> None:
+    """The answer must be something that can be called."""
+    if not callable(answer):
+        raise Wrong("hand over the function itself, without calling it.")
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -144,7 +150,3 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Equal up to rounding; task vectors are short beside the base, hence the small tolerance."""
     return distance(a, b) < 1e-6
-
-
-def _kind(answer: Any) -> str:
-    return f"{type(answer).__name__}"

@@ -10,8 +10,8 @@ from torch import Tensor
 from mergekit_lite.data_free import average, task_arithmetic
 from mergekit_lite.lab.exercises.checking import (
     Wrong,
-    distance,
     exercise,
+    expect_function,
     expect_number,
     expect_state,
     pocket8,
@@ -75,8 +75,7 @@ def length_of_the_mean(ratio: float) -> str:
 @exercise("1.1.4")
 def median(method: Callable[..., State]) -> str:
     """A merge by the median of the task vectors, as a function of tv and scale."""
-    if not callable(method):
-        raise Wrong("hand over the function itself, without calling it.")
+    expect_function(method)
     generator = torch.Generator().manual_seed(0)
     base = {"w": torch.randn(4, 3, generator=generator)}
     taus = torch.randn(6, 4, 3, generator=generator)
@@ -151,8 +150,7 @@ def forget_all_digits(edited: State) -> str:
 @exercise("1.2.3")
 def luck(function: Callable[[float, int, int], float]) -> str:
     """The winner's expected excess over its true accuracy, among equally good candidates."""
-    if not callable(function):
-        raise Wrong("hand over the function itself, without calling it.")
+    expect_function(function)
     generator = torch.Generator().manual_seed(0)
     for p, images, candidates in ((0.5, 100, 20), (0.5, 400, 20), (0.8, 100, 2)):
         draws = torch.full((4000, candidates), float(images))
@@ -199,8 +197,7 @@ def eight_scales_on_eighty_images(scales: Sequence[float]) -> str:
 @exercise("1.3.1")
 def barrier(function: Callable[[Sequence[float]], float]) -> str:
     """How far a curve of accuracies dips below the straight line between its ends."""
-    if not callable(function):
-        raise Wrong("hand over the function itself, without calling it.")
+    expect_function(function)
     cases = {
         (0.9, 0.5, 0.9): (0.4, "a dip of 0.4 between two ends of 0.9 is a barrier of 0.4."),
         (0.8, 0.7, 0.6): (0.0, "a straight line has no barrier, also if its ends differ."),
@@ -219,8 +216,7 @@ def barrier(function: Callable[[Sequence[float]], float]) -> str:
 @exercise("1.3.2")
 def combine(function: Callable[..., Tensor]) -> str:
     """The outputs of a linearised merge, from the outputs of the base and of two experts."""
-    if not callable(function):
-        raise Wrong("hand over the function itself, without calling it.")
+    expect_function(function)
     generator = torch.Generator().manual_seed(0)
     f0, f1, f2 = torch.randn(3, 5, 4, generator=generator)
     given = function(f0, f1, f2, 0.3, 0.6)
@@ -239,7 +235,7 @@ def shuffled(state: State) -> str:
     suite = pocket8()
     base, expert = suite.base, suite.experts["icon_family"]
     expect_state(state, base)
-    if distance(state, expert) < 1e-6:
+    if same(state, expert):
         raise Wrong("nothing is shuffled: this is the expert.")
     for name, theta0 in base.items():
         if not theta0.is_floating_point():
