@@ -8,18 +8,73 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mergekit_lite.task_vectors import TaskVectors
+from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.task_vectors import TaskVectors, float64, inner_products
+
+GRANULARITIES = ("whole", "layer", "row")
+Where = Callable[[str, Tensor], bool]  # which tensors count, by name and θ0
+
+# ---------------------------------------------------------------- inner products and angles
 
 
-def cosines(tv: TaskVectors) -> Tensor:
-    r"""The K x K matrix of cosines :math:`G_{ij} / \sqrt{G_{ii} G_{jj}}` between whole task vectors, in float64.
+def grams(tv: TaskVectors, granularity: str = "layer", *, where: Where | None = None) -> dict[str, Tensor]:
+    r"""Gram matrices :math:`G_{ij} = \langle \tau_i, \tau_j \rangle` of whole task vectors, of layers or of rows.
+
+    Args:
+        tv: K task vectors.
+        granularity: ``"whole"`` sums over all tensors; ``"layer"`` has a matrix for every tensor; ``"row"`` one for
+            every row of every tensor (what one output unit reads; a tensor with fewer than two axes is one row).
+        where: ``where(name, theta0)`` says which tensors count; by default all.
+
+    Returns:
+        In float64: ``{"whole": (K, K)}``, or by tensor name (K, K), or (rows, K, K).
+
+    Raises:
+        ValueError: another granularity, or no tensor counts.
+    """
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}; got '{granularity}'.")
+    found: dict[str, Tensor] = {}
+    for name, theta0, taus in tv.layers():
+        if where is not None and not where(name, theta0):
+            continue
+        if granularity == "row":
+            rows = float64(rows_of(taus)).transpose(0, 1)
+            found[name] = rows @ rows.transpose(1, 2)
+        else:
+            key = "whole" if granularity == "whole" else name
+            products = inner_products(taus.flatten(1))
+            found[key] = found[key] + products if key in found else products
+    if not found:
+        raise ValueError("no tensor to measure: `where` refused all of them.")
+    return found
+
+
+def rows_of(taus: Tensor) -> Tensor:
+    """Task vectors (K, *shape) of a tensor as (K, rows, columns); what has fewer than two axes is one row."""
+    return taus.flatten(2) if taus.ndim > 2 else taus.reshape(len(taus), 1, -1)
+
+
+def normalise(gram: Tensor) -> Tensor:
+    r"""Cosines :math:`G_{ij} / \sqrt{G_{ii} G_{jj}}` from Gram matrices (..., K, K), in float64.
 
     A zero task vector has no direction; its cosines with the others are 0, with itself 1.
     """
-    gram = tv.gram()
-    lengths = gram.diagonal().sqrt()
-    safe = torch.where(lengths > 0, lengths, 1.0)
-    return (gram / safe.outer(safe)).fill_diagonal_(1.0)
+    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    inverse = torch.where(lengths > 0, 1 / lengths, 0.0)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2) * (1 - identity) + identity
+
+
+def cosines(tv: TaskVectors) -> Tensor:
+    """The K x K matrix of cosines between whole task vectors; for layers and rows, `normalise` their `grams`."""
+    return normalise(tv.gram())
+
+
+def mean_cosine(gram: Tensor) -> Tensor:
+    """The mean |cosine| over all pairs of different task vectors, from Gram matrices (..., K, K); AWD's L_O."""
+    tasks = gram.shape[-1]
+    return (normalise(gram).abs().sum((-2, -1)) - tasks) / max(1, tasks * (tasks - 1))
 
 
 def largest_cosine(tv: TaskVectors) -> float:
@@ -27,6 +82,108 @@ def largest_cosine(tv: TaskVectors) -> float:
     matrix = cosines(tv)
     return float((matrix - torch.eye(len(tv), dtype=matrix.dtype)).abs().max())
 
+
+def sign_conflicts(tv: TaskVectors) -> Tensor:
+    """How often two task vectors pull a weight in opposite directions: (K, K), in float64.
+
+    Entry (i, j) is the share of opposite signs among the weights that both i and j change; NaN where there is none.
+    For entries that are jointly Gaussian with the correlation ρ it is arccos(ρ) / π, so 1/2 by chance.
+    """
+    opposite = both = torch.zeros(len(tv), len(tv), dtype=torch.float64)
+    for _, _, taus in tv.layers():
+        signs = taus.flatten(1).sign()
+        agreement, changed = inner_products(signs).cpu(), inner_products(signs.abs()).cpu()
+        opposite, both = opposite + (changed - agreement) / 2, both + changed
+    return opposite / both
+
+
+def principal_cosines(tv: TaskVectors, rank: int, *, side: str = "left") -> dict[str, Tensor]:
+    r"""Cosines of the principal angles between what the task vectors change in every weight matrix.
+
+    A weight matrix's task vector :math:`\Delta_k = U_k \Sigma_k V_k^\top` changes most along its first singular
+    vectors. The singular values of :math:`U_i^\top U_j` (first r columns each) are the cosines of the angles between
+    these two subspaces: all 1 where they are equal, all 0 where they are orthogonal. Two random subspaces of
+    :math:`\mathbb{R}^n` have a mean squared cosine of r / n.
+
+    Args:
+        tv: K task vectors.
+        rank: r, the dimension of the subspaces.
+        side: ``"left"``, the outputs that are changed, or ``"right"``, the inputs that are read.
+
+    Returns:
+        By tensor name, (K, K, r) in float64. Only for matrices with more than `rank` rows and columns; a
+        convolution's kernel is read as outputs x (inputs, height, width), and a depthwise one is no matrix.
+
+    Raises:
+        ValueError: a rank below 1, or another side.
+    """
+    if rank < 1 or side not in ("left", "right"):
+        raise ValueError(f"expected a rank of at least 1 and the side left or right; got {rank} and '{side}'.")
+    found = {}
+    for name, theta0, taus in tv.layers():
+        if theta0.ndim < 2 or theta0.shape[1] == 1 or min(theta0.flatten(1).shape) <= rank:
+            continue
+        u, _, v = torch.linalg.svd(float64(taus.flatten(2)), full_matrices=False)
+        first = u[..., :rank] if side == "left" else v[:, :rank].transpose(1, 2)  # (K, n, r)
+        found[name] = torch.linalg.svdvals(torch.einsum("inr,jns->ijrs", first, first))
+    return found
+
+
+# ---------------------------------------------------------------- interference, in losses
+
+# The loss of a merged network on one task: ``loss(state, task)``.
+Loss = Callable[[StateDict, str], float]
+
+
+def interference(tv: TaskVectors, loss: Loss, scale: float) -> Tensor:
+    r"""What each task vector does to each other task: how much task i's loss rises when j is added to its own merge.
+
+    .. math::
+       I_{ij} = L_i\big(\theta_0 + \lambda (\tau_i + \tau_j)\big) - L_i(\theta_0 + \lambda \tau_i), \qquad I_{ii} = 0 .
+
+    Args:
+        tv: K task vectors, named as their tasks.
+        loss: ``loss(state, task)`` measures a merge on a task; asked K² times.
+        scale: :math:`\lambda`.
+
+    Returns:
+        (K, K) in float64, in the unit of the loss.
+    """
+    measured = torch.zeros(len(tv), len(tv), dtype=torch.float64)
+    for i, task in enumerate(tv.names):
+        alone = loss(_added(tv, [i], scale), task)
+        for j in range(len(tv)):
+            if j != i:
+                measured[i, j] = loss(_added(tv, [i, j], scale), task) - alone
+    return measured
+
+
+def first_order_interference(tv: TaskVectors, gradient: Callable[[StateDict, str], StateDict], scale: float) -> Tensor:
+    r"""The first term of the Taylor expansion of `interference`: :math:`\lambda\, \langle \nabla L_i, \tau_j \rangle`.
+
+    Args:
+        tv: K task vectors, named as their tasks.
+        gradient: ``gradient(state, task)`` is the gradient of task's loss at a merge, by tensor name; asked K times,
+            at :math:`\theta_0 + \lambda \tau_i`. Tensors that it lacks (running statistics) count as zero.
+        scale: :math:`\lambda`.
+
+    Returns:
+        (K, K) in float64; the diagonal is 0.
+    """
+    predicted = torch.zeros(len(tv), len(tv), dtype=torch.float64)
+    for i, task in enumerate(tv.names):
+        slope = gradient(_added(tv, [i], scale), task)
+        for name, _, taus in tv.layers():
+            if name in slope:
+                predicted[i] += scale * (float64(taus.flatten(1)) @ float64(slope[name].flatten())).cpu()
+    return predicted.fill_diagonal_(0.0)
+
+
+def _added(tv: TaskVectors, which: Sequence[int], scale: float) -> StateDict:
+    return tv.map(lambda name, taus: scale * taus[list(which)].sum(0))
+
+
+# ---------------------------------------------------------------- disentanglement, in predictions
 
 # What a merged network with these scales predicts for the images of one task: classes, shape (N,).
 Predict = Callable[[Sequence[float], str], Tensor]

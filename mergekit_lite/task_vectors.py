@@ -30,7 +30,7 @@ Source = nn.Module | Mapping[str, Tensor] | PathLike
 TauFunction = Callable[[str, Tensor], Tensor]
 Collector = Callable[[Iterable[tuple[str, Tensor]]], Any]
 
-GRAM_CHUNK = 1 << 18  # columns turned into float64 at a time: 2 MB per expert
+GRAM_CHUNK = 1 << 14  # columns turned into float64 at a time: they stay in a core's cache
 
 
 class TaskVectors:
@@ -116,12 +116,11 @@ class TaskVectors:
         r"""The K x K matrix :math:`G_{ij} = \langle\tau_i, \tau_j\rangle`, in float64, from one pass."""
         gram: Tensor | None = None
         for _, _, taus in self.layers():
-            for chunk in taus.flatten(1).split(GRAM_CHUNK, dim=1):
-                rows = float64(chunk)
-                gram = rows @ rows.T if gram is None else gram + rows @ rows.T
+            products = inner_products(taus.flatten(1))
+            gram = products if gram is None else gram + products
         if gram is None:
             raise ValueError("these models have no floating-point tensors, so no task vectors.")
-        return (gram + gram.T) / 2  # exactly symmetric, whatever order the products were summed in
+        return gram
 
     def flat(self) -> Tensor:
         """All task vectors as the rows of one (K, d) matrix, in the order of `layers`."""
@@ -336,6 +335,13 @@ def _common_ties(base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tens
         theirs = tied_names(expert)
         ties = {n: first if theirs[n] == theirs[first] else n for n, first in ties.items()}
     return ties
+
+
+def inner_products(vectors: Tensor) -> Tensor:
+    """The inner products of K vectors (K, d): K x K, in float64, exactly symmetric."""
+    chunks = (float64(chunk) for chunk in vectors.split(GRAM_CHUNK, dim=1))
+    gram = torch.stack([chunk @ chunk.T for chunk in chunks]).sum(0)
+    return (gram + gram.T) / 2
 
 
 def float64(tensor: Tensor) -> Tensor:

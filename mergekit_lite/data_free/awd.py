@@ -1,14 +1,14 @@
 r"""AWD: subtract what all task vectors share, so that the rest is more orthogonal.
 
 Xiong et al., "Multi-task model merging via adaptive weight disentanglement", 2024 (arXiv:2411.18729). One *redundant*
-vector :math:`\delta` is taken from every task vector. It is found by gradient descent from :math:`\delta = 0` on
+vector :math:`\delta` is taken from every task vector. It makes
 
 .. math::
    L(\delta) = \underbrace{\frac{1}{K (K - 1)} \sum_{i \ne j} \big|\cos(\tau_i - \delta,\, \tau_j - \delta)\big|}_{L_O}
-               \;+\; \alpha \underbrace{\|\delta\|}_{L_R},
+               \;+\; \alpha \underbrace{\|\delta\|}_{L_R}
 
-and the disentangled task vectors :math:`\tau_k - \delta` are merged by task arithmetic. The authors have released no
-code; this is written from the paper's text.
+small, and the disentangled task vectors :math:`\tau_k - \delta` are merged by task arithmetic. The authors have
+released no code; this is written from the paper's text.
 
 **Why d numbers are really K.** Start at :math:`\delta = \sum_k c_k \tau_k`, for instance at zero. The gradient of L is
 a combination of the vectors :math:`\tau_i - \delta` and of :math:`\delta`, so again of the task vectors: descent never
@@ -19,14 +19,18 @@ leaves their span. And L is made of inner products, which the Gram matrix G know
    \|\delta\|^2 = c^\top G\, c .
 
 So the paper's descent, step for step, runs in the K coefficients c, and its cost does not depend on d once G is known.
-Momentum and weight decay stay in the span, too; Adam, which scales every coordinate on its own, does not.
+Momentum and weight decay stay in the span, too; Adam, which scales every coordinate on its own, does not. The minimum
+over *all* vectors needs one number more, the length e of the part of :math:`\delta` that is orthogonal to all task
+vectors. Both are found by `mergekit_lite.data_free.awd_solvers`.
 
 **What the merge then is.** As :math:`\sum_k (\tau_k - \delta) = \sum_k (1 - K c_k)\, \tau_k`, AWD followed by task
-arithmetic is task arithmetic with the scales :math:`\lambda (1 - K c_k)`: scales per task that were found without data.
+arithmetic is task arithmetic with the scales :math:`\lambda (1 - K c_k)`: scales per task (or layer, or row) that were
+found without data.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,30 +39,39 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.data_free.awd_solvers import Value, descend, minimise, typical_length
 from mergekit_lite.data_free.task_arithmetic import task_arithmetic
+from mergekit_lite.geometry import Where, grams, rows_of
 from mergekit_lite.registry import Need, method
-from mergekit_lite.task_vectors import TaskVectors, float64
+from mergekit_lite.task_vectors import TaskVectors
 
-GRANULARITIES = ("whole", "layer", "row")
+CHUNK = 1024  # problems (layers, rows) solved at a time, to bound the memory
+SOLVERS = ("trajectory", "exact")
 
 
 @dataclass(frozen=True)
 class Disentangled:
     """What `disentangle` found.
 
+    The record has one entry before the first step and one after each (trajectory), or two: before and after (exact).
+
     Attributes:
         task_vectors: the vectors τ_k − δ; they can be merged by any method.
         redundant: δ as a single task vector.
-        coefficients: c by tensor name, shape (K,), or (rows, K) where every row has its own. With the granularity
-            ``"whole"`` all tensors share one c.
-        losses: L before the first step and after each, shape (iterations + 1,); the mean over all problems where
-            there are several (layers, rows).
+        coefficients: c by tensor name, shape (K,), or (rows, K) where every row has its own; with the granularity
+            ``"whole"`` all tensors share one c. Where it was found by ``"exact"`` there is one number more, the share
+            of a random vector, zero as long as δ lies in the span of the task vectors. Tensors without δ are left out.
+        losses: L; the mean over all problems where there are several (layers, rows).
+        cosines: L_O, the mean |cosine| over all pairs; likewise.
+        lengths: ‖δ‖ of the whole vector.
     """
 
     task_vectors: TaskVectors
     redundant: TaskVectors
     coefficients: Mapping[str, Tensor]
     losses: Tensor
+    cosines: Tensor
+    lengths: Tensor
 
 
 @method(
@@ -69,7 +82,13 @@ class Disentangled:
     need=Need.WEIGHTS,
 )
 def awd(
-    tv: TaskVectors, *, scale: float = 0.3, alpha: float = 0.1, granularity: str = "whole", **descent: Any
+    tv: TaskVectors,
+    *,
+    scale: float = 0.3,
+    alpha: float = 0.1,
+    solver: str = "trajectory",
+    granularity: str = "whole",
+    **options: Any,
 ) -> StateDict:
     r"""Add the task vectors without their redundant part: :math:`\theta_0 + \lambda \sum_k (\tau_k - \delta)`.
 
@@ -77,8 +96,9 @@ def awd(
         tv: K task vectors.
         scale: :math:`\lambda`.
         alpha: the weight :math:`\alpha` of :math:`\delta`'s length.
-        granularity: as for `disentangle`.
-        **descent: further arguments of `disentangle`.
+        solver: ``"trajectory"``, the paper's descent, or ``"exact"``, the minimum.
+        granularity: ``"whole"``, ``"layer"`` or ``"row"``.
+        **options: further arguments of `disentangle`.
 
     Returns:
         The merged state dict.
@@ -86,7 +106,7 @@ def awd(
     Raises:
         ValueError: as for `disentangle` and `task_arithmetic`.
     """
-    found = disentangle(tv, alpha=alpha, granularity=granularity, **descent)
+    found = disentangle(tv, alpha=alpha, solver=solver, granularity=granularity, **options)
     return task_arithmetic(found.task_vectors, scale=scale)
 
 
@@ -94,65 +114,99 @@ def disentangle(
     tv: TaskVectors,
     *,
     alpha: float = 0.1,
+    solver: str = "trajectory",
     granularity: str = "whole",
+    squared: bool = False,
     step: float = 0.01,
     iterations: int = 300,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
-    squared: bool = False,
+    relative: bool = False,
+    row_mean: bool = False,
+    where: Where | None = None,
 ) -> Disentangled:
-    r"""Find the redundant vector by the paper's gradient descent, in K coefficients, and subtract it.
+    r"""Find the redundant vector and subtract it from every task vector.
+
+    A later code of one of the authors descends per row; its recipe is ``granularity="row", row_mean=True, step=1e-5,
+    iterations=2000, momentum=0.9, weight_decay=1e-4``, with a ``where`` that leaves out classifier, embeddings,
+    biases and normalisation.
 
     Args:
         tv: K task vectors.
         alpha: the weight of :math:`\delta`'s length.
+        solver: ``"trajectory"`` is the paper's gradient descent from :math:`\delta = 0`, with the four arguments from
+            `step` to `weight_decay`; ``"exact"`` is the lowest minimum of L that descents from several starts find.
+            If that lies outside the span of the task vectors, the direction there makes no difference to L; a
+            random one is taken, always the same.
         granularity: ``"whole"`` has one objective for whole task vectors, as in the paper; ``"layer"`` one for every
             tensor; ``"row"`` one for every row of every tensor (an output unit's weights).
+        squared: take :math:`\|\delta\|^2` for :math:`\|\delta\|`.
         step: of the descent; the paper's is 0.01.
         iterations: the paper's are 300.
         momentum: of the descent, as in `torch.optim.SGD`.
         weight_decay: of the descent, likewise.
-        squared: take :math:`\|\delta\|^2` for :math:`\|\delta\|`.
+        relative: measure lengths in units of the task vectors' typical length, for every problem (layer, row) on its
+            own, so that α and step mean the same for all. In absolute units, as published, a step of 0.01 is small
+            for a vector of length 4, and throws one of length 0.05 far away.
+        row_mean: a tensor's objective is the *mean* of its rows' :math:`L_O` plus :math:`\alpha` times the *sum* of
+            their lengths, so that more rows mean smaller steps. Only for rows.
+        where: ``where(name, theta0)`` says from which tensors to subtract; by default from all.
 
     Raises:
-        ValueError: another granularity, or a negative number.
+        ValueError: another solver or granularity, a negative number, `row_mean` without rows.
     """
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}; got '{granularity}'.")
-    numbers = {
-        "alpha": alpha,
-        "step": step,
-        "iterations": iterations,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-    }
-    for name, number in numbers.items():
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got '{solver}'.")
+    if row_mean and granularity != "row":
+        raise ValueError(f"row_mean is about rows; the granularity is '{granularity}'.")
+    numbers = {"alpha": alpha, "step": step, "iterations": iterations}
+    for name, number in {**numbers, "momentum": momentum, "weight_decay": weight_decay}.items():
         if not number >= 0:
             raise ValueError(f"{name} must not be negative; got {number}.")
 
-    grams = (
-        {"all": tv.gram()} if granularity == "whole" else {n: _gram(taus, granularity) for n, _, taus in tv.layers()}
-    )
-    problems = {
-        name: descend(
-            gram,
-            alpha=alpha,
-            step=step,
+    # δ is a combination of these: the task vectors, and for the exact minimum one random vector more.
+    parts = tv.transform(_with_noise, [*tv.names, "outside"]) if solver == "exact" else tv
+    by_name = grams(parts, granularity, where=where)
+    counts = {name: gram[..., 0, 0].numel() for name, gram in by_name.items()}  # of the problems
+    problems = torch.cat([gram.reshape(-1, len(parts), len(parts)) for gram in by_name.values()])
+    rows = torch.cat([torch.full((n,), n if row_mean else 1, dtype=problems.dtype) for n in counts.values()])
+    rows = rows.to(problems.device)
+    unit = typical_length(problems[:, : len(tv), : len(tv)]) if relative else torch.ones_like(rows)
+    # The mean over R rows plus α times the sum is 1/R times (the sum plus R α times the sum).
+    alpha_of_each = alpha * rows
+    if solver == "exact":
+        c, record = _solve_exactly(problems / unit.square()[:, None, None], alpha_of_each, squared)
+    else:
+        c, record = descend(
+            torch.eye(len(tv), dtype=problems.dtype, device=problems.device).expand_as(problems),
+            problems / unit.square()[:, None, None],
+            alpha=alpha_of_each,
+            step=step / rows,
             iterations=iterations,
             momentum=momentum,
-            weight_decay=weight_decay,
+            weight_decay=weight_decay * rows,
             squared=squared,
         )
-        for name, gram in grams.items()
+
+    solved = {
+        name: part.view(*by_name[name].shape[:-1])
+        for name, part in zip(counts, c.split(list(counts.values())), strict=True)
     }
-    found = {name: problems["all" if granularity == "whole" else name][0] for name, _, _ in tv.layers()}
-    count = sum(losses[0].numel() for _, losses in problems.values())
-    summed = [losses.reshape(len(losses), -1).sum(1) for _, losses in problems.values()]
+    names = [name for name, theta0, _ in tv.layers() if where is None or where(name, theta0)]
+    shares = {name: solved["whole" if granularity == "whole" else name] for name in names}
+
+    def delta(name: str, taus: Tensor) -> Tensor:
+        if name not in shares:
+            return torch.zeros_like(taus[0])
+        return combine(shares[name], _with_noise(name, taus) if solver == "exact" else taus)
+
     return Disentangled(
-        tv.transform(lambda name, taus: taus - combine(found[name], taus)),
-        tv.transform(lambda name, taus: combine(found[name], taus)[None], names=["redundant"]),
-        found,
-        torch.stack(summed).sum(0) / count,
+        tv.transform(lambda name, taus: taus - delta(name, taus)),
+        tv.transform(lambda name, taus: delta(name, taus)[None], names=["redundant"]),
+        shares,
+        losses=torch.stack([value.loss.mean() for value in record]),
+        cosines=torch.stack([value.overlap.mean() for value in record]),
+        lengths=torch.stack([(value.length * unit).norm() for value in record]),
     )
 
 
@@ -164,68 +218,34 @@ def combine(coefficients: Tensor, taus: Tensor) -> Tensor:
     return torch.einsum("rk,krd->rd", c, rows_of(taus)).view(taus.shape[1:])
 
 
-def rows_of(taus: Tensor) -> Tensor:
-    """Task vectors (K, *shape) of a tensor as (K, rows, columns); what has fewer than two axes is one row."""
-    return taus.flatten(2) if taus.ndim > 2 else taus.reshape(len(taus), 1, -1)
+# ---------------------------------------------------------------- outside the span of the task vectors
 
 
-def _gram(taus: Tensor, granularity: str) -> Tensor:
-    """The Gram matrix of one tensor (K, K), or of each of its rows (rows, K, K), in float64."""
-    if granularity == "layer":
-        flat = float64(taus.flatten(1))
-        return flat @ flat.T
-    rows = float64(rows_of(taus)).transpose(0, 1)
-    return rows @ rows.transpose(1, 2)
+def _with_noise(name: str, taus: Tensor) -> Tensor:
+    """The task vectors of one tensor and a random vector more, always the same: (K + 1, *shape)."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    noise = torch.randn(taus.shape[1:], generator=generator, dtype=taus.dtype)
+    return torch.cat([taus, noise.to(taus.device)[None]])
 
 
-# ---------------------------------------------------------------- the descent, in Gram space
+def _solve_exactly(gram: Tensor, alpha: Tensor, squared: bool) -> tuple[Tensor, list[Value]]:
+    """The minima of P problems, for Gram matrices (P, K + 1, K + 1) of K task vectors and a random one, the last.
 
-
-def descend(
-    gram: Tensor, *, alpha: float, step: float, iterations: int, momentum: float, weight_decay: float, squared: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradient descent on L from δ = 0, for one Gram matrix (K, K) or many at once (..., K, K).
-
-    Returns:
-        The coefficients (..., K), and L before the first step and after each, shape (iterations + 1, ...).
+    Without its projection on the task vectors, r − Σ a_k τ_k, the random vector r is a direction outside their span.
     """
-    c = gram.new_zeros(gram.shape[:-1])
-    velocity = torch.zeros_like(c)
-    losses = []
-    for _ in range(iterations):
-        loss, slope = loss_and_gradient(gram, c, alpha, squared)
-        losses.append(loss)
-        velocity = momentum * velocity + slope + weight_decay * c
-        c = c - step * velocity
-    losses.append(loss_and_gradient(gram, c, alpha, squared)[0])
-    return c, torch.stack(losses)
+    from tqdm.auto import tqdm
 
-
-def loss_and_gradient(gram: Tensor, c: Tensor, alpha: float, squared: bool = False) -> tuple[Tensor, Tensor]:
-    r"""L at δ = Σ c_k τ_k, shape (...), and its gradient with respect to δ, :math:`\sum_k b_k \tau_k`, as b (..., K).
-
-    With u_i = τ_i − δ of length n_i, the gradient of cos(u_i, u_j) by u_i is u_j / (n_i n_j) − cos · u_i / n_i².
-    Summed over all pairs with the sign of the cosine, and with −1 for the inner derivative, this is a combination of
-    the u_i with weights −2 w_i / (K (K − 1)); and Σ w_i u_i has the coefficients w − (Σ w) c.
-    """
-    pairs = max(1, gram.shape[-1] * (gram.shape[-1] - 1))
-    cosines, inverse = _cosines(gram, c)
-    signed = cosines.sign() * (inverse.unsqueeze(-1) * inverse.unsqueeze(-2))
-    w = (signed - cosines.abs() * inverse.square().unsqueeze(-1)).sum(-1)
-    overlap, slope = cosines.abs().sum((-2, -1)) / pairs, -2 / pairs * (w - w.sum(-1, keepdim=True) * c)
-    square = torch.einsum("...i,...ij,...j->...", c, gram, c).clamp(min=0)  # ‖δ‖²
-    if squared:
-        return overlap + alpha * square, slope + 2 * alpha * c
-    length = square.sqrt()
-    unit = torch.where(length.unsqueeze(-1) > 0, c / length.unsqueeze(-1), 0.0)  # at δ = 0 the slope is taken as 0
-    return overlap + alpha * length, slope + alpha * unit
-
-
-def _cosines(gram: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines between all u_i = τ_i − δ, with zeros on the diagonal and for vectors of length zero; and 1 / lengths."""
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    residual = identity - c.unsqueeze(-2)  # row i is e_i − c
-    inner = residual @ gram @ residual.transpose(-2, -1)
-    lengths = inner.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    inverse = torch.where(lengths > 0, 1 / lengths, 0.0)
-    return inner * inverse.unsqueeze(-1) * inverse.unsqueeze(-2) * (1 - identity), inverse
+    inner, across, square = gram[..., :-1, :-1], gram[..., :-1, -1], gram[..., -1, -1]
+    a = (torch.linalg.pinv(inner, hermitian=True) @ across.unsqueeze(-1)).squeeze(-1)
+    left = (square - (across * a).sum(-1)).clamp(min=0)
+    room = left > 1e-6 * square  # as many task vectors as weights leave none
+    bar = tqdm(total=len(inner), desc="disentangle", disable=None if len(inner) > CHUNK else True)
+    solved = []
+    for part in torch.arange(len(inner), device=inner.device).split(CHUNK):
+        solved.append(minimise(inner[part], alpha=alpha[part], squared=squared, room=room[part]))
+        bar.update(len(part))
+    bar.close()
+    c, e = (torch.cat(found) for found in zip(*((c, e) for c, e, _ in solved), strict=True))
+    record = [Value(*map(torch.cat, zip(*step, strict=True))) for step in zip(*(r for _, _, r in solved), strict=True)]
+    share = torch.where(room, e / left.sqrt(), 0.0).unsqueeze(-1)
+    return torch.cat([c - share * a, share], dim=-1), record

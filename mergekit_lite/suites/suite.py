@@ -219,6 +219,23 @@ class Suite:
             losses[name] = F.cross_entropy(logits, images.labels.to(logits.device)).item()
         return losses
 
+    def gradient(
+        self, state: Mapping[str, Tensor] | nn.Module | None, task: str, *, split: str = "validation"
+    ) -> StateDict:
+        """The gradient of a task's mean cross-entropy by the weights, at one set of weights: by parameter name.
+
+        Raises:
+            As `evaluate`.
+        """
+        model, images = self._as_module(state), self.task(task).split(split)
+        keep_freed_memory()
+        with one_thread(), torch.enable_grad():
+            for batch in images.batches(EVALUATION_BATCH):
+                logits = self.heads[task](model(self.prepare(batch.images)))
+                loss = F.cross_entropy(logits, batch.labels.to(logits.device), reduction="sum")
+                (loss / len(images)).backward()  # gradients add up over the batches
+        return {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
+
     def _as_module(self, state: Mapping[str, Tensor] | nn.Module | None) -> nn.Module:
         """The network with these weights, in inference mode: linearised, if the suite's experts were trained so."""
         if isinstance(state, nn.Module):
