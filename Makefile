@@ -43,18 +43,20 @@ course: $(VENV)/.ready
 chapters: $(VENV)/.ready
 	$(RUN) $(BIN)/python tools/run_chapters.py
 
-# The tables of figures: the suite, its variants and the analogies (40 minutes), and what was tried (an hour).
+# The tables of figures: the suite, its variants, edits and orthogonality (an hour and a half); what was tried (an hour).
 study: $(VENV)/.ready
 	$(BIN)/python -m mergekit_lite.lab.study figures
 	$(BIN)/python -m mergekit_lite.lab.study variants
 	$(BIN)/python -m mergekit_lite.lab.study analogies
 	$(BIN)/python -m mergekit_lite.lab.study edits
+	$(BIN)/python -m mergekit_lite.lab.study orthogonality
 
 trials: $(VENV)/.ready
 	$(BIN)/python -m mergekit_lite.lab.study trials
 
 benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/merge_files.py
+	$(BIN)/python benchmarks/disentangle.py
 
 # Rewrite what is made from the registry: the README's table and the book's method index.
 readme: $(VENV)/.ready

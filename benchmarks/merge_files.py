@@ -13,11 +13,11 @@ import json
 import multiprocessing
 import os
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import torch
+from memory import measured
 
 import mergekit_lite as mkl
 
@@ -33,35 +33,14 @@ def write_checkpoint(path: Path, seed: int, layers: int) -> None:
     mkl.save(state, path)
 
 
-def anonymous_memory() -> int:
-    """Bytes of this process that are not backed by a file (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this benchmark reads /proc/self/status, which only Linux has.")
-
-
 def run(method: str, folder: Path, experts: int, results: multiprocessing.Queue) -> None:
     torch.set_num_threads(1)
     inputs = [folder / f"{i}.safetensors" for i in range(experts + 1)]
     mkl.merge_files(mkl.average, inputs[0], inputs[1:2], folder / "warm.safetensors")
-    before, peak, done = anonymous_memory(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, anonymous_memory())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     os.sync()  # what was written before is not our time
-    started = time.perf_counter()
-    mkl.merge_files(getattr(mkl, method), inputs[0], inputs[1:], folder / "out.safetensors")
-    seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
-    results.put((peak - before, seconds))
+    merge = getattr(mkl, method)
+    _, seconds, memory = measured(lambda: mkl.merge_files(merge, inputs[0], inputs[1:], folder / "out.safetensors"))
+    results.put((memory, seconds))
 
 
 def floor(folder: Path, experts: int) -> float:

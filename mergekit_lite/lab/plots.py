@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mergekit_lite.data_free.awd import Disentangled
 from mergekit_lite.geometry import cosines
 from mergekit_lite.suites.suite import Evaluation, Suite
 from mergekit_lite.task_vectors import TaskVectors
@@ -159,20 +160,117 @@ def plot_maps(
 
 def plot_cosines(tv: TaskVectors) -> Figure:
     """The K x K matrix of cosines between task vectors, as a labelled heat map."""
+    return plot_matrices({"": cosines(tv)}, tv.names, label="cosine", limit=1.0)
+
+
+def plot_matrices(
+    matrices: Mapping[str, Tensor], names: Sequence[str], *, label: str, limit: float | None = None
+) -> Figure:
+    """K x K matrices side by side as heat maps, each entry written into its field; red is above zero, blue below.
+
+    Args:
+        matrices: (K, K) each, by title.
+        names: of the K rows and columns.
+        label: what the numbers mean.
+        limit: the value of the deepest red; by default the largest absolute value there is.
+    """
     import matplotlib.pyplot as plt
 
-    matrix = cosines(tv).cpu()
-    figure, axis = plt.subplots(figsize=(5.4, 4.6))
-    image = axis.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-    axis.set_xticks(range(len(tv)), tv.names, rotation=45, ha="right", fontsize=8)
-    axis.set_yticks(range(len(tv)), tv.names, fontsize=8)
-    for i in range(len(tv)):
-        for j in range(len(tv)):
-            value = float(matrix[i, j])
-            label = f"{value:.2f}".replace("-0.00", "0.00")
-            axis.text(j, i, label, ha="center", va="center", fontsize=7, color="white" if i == j else "black")
-    figure.colorbar(image, label="cosine", shrink=0.85)
+    limit = limit or max(float(matrix.abs().max()) for matrix in matrices.values())
+    size = (5.2 * len(matrices) + 0.6, 4.8)
+    figure, axes = plt.subplots(1, len(matrices), figsize=size, squeeze=False, layout="constrained")
+    for axis, (title, matrix) in zip(axes.flat, matrices.items(), strict=True):
+        values = matrix.cpu()
+        image = axis.imshow(values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        for i in range(len(names)):
+            for j in range(len(names)):
+                value = float(values[i, j])
+                colour = "white" if abs(value) > 0.6 * limit else "black"
+                written = f"{value:.2f}".replace("-0.00", "0.00")
+                axis.text(j, i, written, ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(image, ax=axes, label=label, shrink=0.85)
+    return figure
+
+
+def plot_points(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    diagonal: bool = False,
+    names: bool = False,
+) -> Figure:
+    """Groups of points in a plane, each group with its colour and marker.
+
+    Args:
+        points: horizontal and vertical positions by the name of the group.
+        xlabel: of the horizontal axis.
+        ylabel: of the vertical axis.
+        diagonal: draw the line on which both agree.
+        names: write the group's name beside its last point, instead of a legend.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.6, 4.4))
+    for i, (name, (x, y)) in enumerate(points.items()):
+        axis.plot(list(x), list(y), "osD^vP*X"[i % 8], ms=6, alpha=0.8, color=COLOURS[i % 8], label=name)
+        if names:
+            axis.annotate(name, (x[-1], y[-1]), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    if diagonal:
+        low, high = axis.get_xlim()
+        axis.axline((low, low), (high, high), color="gray", lw=1, zorder=0)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    if not names:
+        axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
+    return figure
+
+
+def plot_disentangled(
+    before: TaskVectors, found: Disentangled, curves: Mapping[str, Mapping[float, float]], *, title: str = ""
+) -> Figure:
+    r"""What AWD did: the cosines after it, the share of each task vector that is left in the merge, and λ-curves.
+
+    Where layers or rows have shares of their own, a line goes from the 5th to the 95th percentile.
+
+    Args:
+        before: the task vectors that were disentangled.
+        found: what `mergekit_lite.disentangle` returned.
+        curves: accuracy by λ, by the name to show in the legend.
+        title: of the figure.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    values = cosines(found.task_vectors).fill_diagonal_(0.0)
+    limit = float(cosines(before).fill_diagonal_(0.0).abs().max()) or 1.0
+    image = left.imshow(values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    left.set_title("cosines after (off the diagonal)", fontsize=9)
+    left.set_xticks([])
+    left.set_yticks(range(len(before)), before.names, fontsize=8)
+    figure.colorbar(image, ax=left, shrink=0.8)
+
+    tasks = len(before)
+    shares = torch.cat([(1 - tasks * c[..., :tasks]).view(-1, tasks) for c in found.coefficients.values()])
+    low, median, high = shares.quantile(torch.tensor([0.05, 0.5, 0.95]).to(shares), dim=0).tolist()
+    middle.hlines(range(tasks), low, high, color=COLOURS[0], lw=2)
+    middle.plot(median, range(tasks), "o", color=COLOURS[0])
+    middle.axvline(1.0, color="gray", lw=1, ls=":")
+    middle.set_yticks(range(tasks), before.names, fontsize=8)
+    middle.invert_yaxis()
+    middle.set_title(r"$1 - K c_k$: share of $\tau_k$ in the merge", fontsize=9)
+
+    for i, (name, curve) in enumerate(curves.items()):
+        right.plot(list(curve), list(curve.values()), "os"[i % 2] + "-", ms=4, color=COLOURS[i % 8], label=name)
+    right.set(xlabel=r"scale $\lambda$", ylabel="accuracy")
+    right.legend(fontsize=8, frameon=False)
+    for axis in (middle, right):
+        axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from mergekit_lite.checkpoints import StateDict, atomic_path
 from mergekit_lite.data_free import analogy, average, negation, pcb, task_arithmetic, ties, tsv
 from mergekit_lite.geometry import largest_cosine
+from mergekit_lite.lab.orthogonality import measure as measure_orthogonality
 from mergekit_lite.lab.sweeps import best, sweep
 from mergekit_lite.suites.build import build, build_variant
 from mergekit_lite.suites.finetune import finetune
@@ -197,6 +198,29 @@ def _without_examples(suite: Suite, changed: StateDict, target: str) -> dict[str
         "expert + changed mnist": [task_arithmetic(both, scale=s) for s in scales],
         "analogy": [analogy(tv, a="mnist", b="changed", c=target, scale=s) for s in scales],
     }
+
+
+@app.command()
+def orthogonality(work: Path = Path("suites"), out: Path = TABLES) -> None:
+    """AWD, MetaGPT and the best scales there are, three seeds each (40 minutes; goes on in `work`)."""
+    import pandas as pd
+
+    tables, curves = {}, {}
+    for seed in (0, 1, 2):
+        paths = [work / f"orthogonality-{what}{seed}.csv" for what in ("table", "curves")]
+        if not all(path.exists() for path in paths):
+            work.mkdir(parents=True, exist_ok=True)
+            for path, measured in zip(paths, measure_orthogonality(load_suite(seed=seed, device="cpu")), strict=True):
+                with atomic_path(path) as temporary:
+                    measured.to_csv(temporary, index=False)
+        tables[seed], curves[seed] = (pd.read_csv(path) for path in paths)
+    by_method = pd.concat(tables).groupby("method", sort=False)
+    table = by_method.mean()
+    table.insert(table.columns.get_loc("test") + 1, "spread", by_method["test"].std())
+    _write(table, out / "orthogonality.csv", "method")
+    _write(
+        pd.concat(curves).groupby(["method", "scale"], sort=False).mean(), out / "orthogonality-curves.csv", "method"
+    )
 
 
 @app.command()

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from mergekit_lite.data_free import task_arithmetic
-from mergekit_lite.lab.plots import plot_merges
+from mergekit_lite.data_free import disentangle, task_arithmetic
+from mergekit_lite.geometry import cosines as angles
+from mergekit_lite.lab.plots import plot_curves, plot_disentangled, plot_merges
 from mergekit_lite.suites.suite import Evaluation, Suite
+from mergekit_lite.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,6 +63,165 @@ def pairs_at(
         both = task_arithmetic(pair, scale=[a, b])
         evaluations[f"{where}, both"] = suite.evaluate(both, split=split, tasks=tasks)
     return _bars(evaluations)
+
+
+def turned(pair: TaskVectors, cosine: float) -> TaskVectors:
+    r"""Two task vectors, the second turned within their plane until the two have this cosine; its length is kept.
+
+    Args:
+        pair: two task vectors, not parallel.
+        cosine: between -1 and 1.
+
+    Raises:
+        ValueError: not two task vectors, two parallel ones, or no cosine.
+    """
+    if len(pair) != 2 or not -1 <= cosine <= 1:
+        raise ValueError(f"expected two task vectors and a cosine; got {len(pair)} and {cosine}.")
+    (first, inner), (_, second) = pair.gram().tolist()
+    upright = second - inner**2 / first  # squared length of what τ2 has at a right angle to τ1
+    if upright <= 1e-9 * second:
+        raise ValueError("these two task vectors are parallel: they lie in no plane to turn in.")
+    along, across = cosine * (second / first) ** 0.5, ((1 - cosine**2) * second / upright) ** 0.5
+    return pair.transform(
+        lambda name, taus: torch.stack([taus[0], along * taus[0] + across * (taus[1] - inner / first * taus[0])])
+    )
+
+
+def turned_at(
+    suite: Suite, tasks: Sequence[str], cosines: Iterable[float], *, scale: float = 0.3, split: str = "validation"
+) -> Figure:
+    """What the second task vector does to the loss of the first task, as the angle between the two is changed.
+
+    The first-order prediction stands beside the measured change of the loss.
+    """
+    pair = suite.task_vectors.subset(tasks)
+    at = list(cosines)
+    alone = task_arithmetic(pair, scale=[scale, 0.0])
+    before = suite.losses(alone, tasks=[tasks[0]], split=split)[tasks[0]]
+    slope = suite.gradient(alone, tasks[0], split=split)
+    predicted, measured = [], []
+    for cosine in at:
+        vectors = turned(pair, cosine)
+        merged = task_arithmetic(vectors, scale=scale)
+        measured.append(suite.losses(merged, tasks=[tasks[0]], split=split)[tasks[0]] - before)
+        steps = [scale * (slope[name] * taus[1]).sum() for name, _, taus in vectors.layers() if name in slope]
+        predicted.append(torch.stack(steps).sum().item())
+    figure = plot_curves(
+        at,
+        {"predicted by the first order": predicted, "measured": measured},
+        xlabel=f"cosine between the task vectors of {tasks[0]} and {tasks[1]}",
+        ylabel=f"change of the loss of {tasks[0]} (nats)",
+    )
+    figure.axes[0].axhline(0, color="gray", lw=1, zorder=0)
+    words = (
+        f"cosine {c:+.2f}: loss of {tasks[0]} {m:+.3f}, predicted {p:+.3f}"
+        for c, m, p in zip(at, measured, predicted, strict=True)
+    )
+    figure.set_label("\n".join(words))
+    return figure
+
+
+def explore_angle(suite: Suite, tasks: Sequence[str], *, split: str = "validation") -> Any:
+    """Two sliders: the cosine between two task vectors, and λ; watch what the second does to the first task's loss.
+
+    Args:
+        suite: with experts.
+        tasks: two names.
+        split: the images to measure on.
+
+    Returns:
+        An ipywidgets container: two sliders and the figure drawn by `turned_at`, from the true cosine to the chosen.
+    """
+    pair = suite.task_vectors.subset(tasks)
+    true = angles(pair)[0, 1].item()
+    return _explorer(
+        lambda cosine, scale: turned_at(suite, tasks, sorted({true, cosine}), scale=scale, split=split),
+        cosine=_slider("cosine", 0.5, (-0.95, 0.95)),
+        scale=_slider("scale λ", 0.3, (0.05, 1.0)),
+    )
+
+
+def disentangled_at(
+    suite: Suite,
+    *,
+    alpha: float = 0.1,
+    granularity: str = "layer",
+    solver: str = "trajectory",
+    scales: Sequence[float] = (0.1, 0.2, 0.3, 0.5),
+    split: str = "validation",
+) -> Figure:
+    """AWD at one α and granularity (in relative units): cosines, what is left of each task vector, and the λ-curve."""
+    tv = suite.task_vectors
+    found = disentangle(tv, alpha=alpha, granularity=granularity, solver=solver, relative=True)
+    curves = {
+        name: {s: suite.evaluate(task_arithmetic(vectors, scale=s), split=split).average for s in scales}
+        for name, vectors in (("task arithmetic", tv), ("AWD", found.task_vectors))
+    }
+    title = f"AWD per {granularity}, alpha = {alpha:g}, {solver}".replace("per whole", "on whole task vectors")
+    figure = plot_disentangled(tv, found, curves, title=title)
+    length = tv.gram().diagonal().sqrt().mean()
+    words = [
+        f"{title}: mean |cosine| {found.cosines[0]:.3f} before, {found.cosines[-1]:.3f} after",
+        f"length of δ {found.lengths[-1]:.2f}, of a task vector {length:.2f}",
+        *(f"{name}, best of {len(scales)} scales: accuracy {max(c.values()):.3f}" for name, c in curves.items()),
+    ]
+    figure.set_label("\n".join(words))
+    return figure
+
+
+def explore_disentangling(suite: Suite, *, split: str = "validation") -> Any:
+    """A slider for α and a menu of granularities: disentangle anew and watch cosines, coefficients and the λ-curve.
+
+    Args:
+        suite: with experts.
+        split: the images to evaluate on.
+
+    Returns:
+        An ipywidgets container: the controls and the figure drawn by `disentangled_at`.
+    """
+    import ipywidgets as widgets
+
+    return _explorer(
+        lambda alpha, granularity: disentangled_at(suite, alpha=alpha, granularity=granularity, split=split),
+        alpha=widgets.FloatLogSlider(value=0.1, min=-3, max=0, step=0.25, description="alpha", continuous_update=False),
+        granularity=widgets.Dropdown(options=["whole", "layer", "row"], value="layer", description="granularity"),
+    )
+
+
+def lengths_at(suite: Suite, powers: Iterable[float], *, total: float = 1.0, split: str = "validation") -> Figure:
+    r"""Merges with :math:`\lambda_k \propto \|\tau_k\|^p`, as bars: p = 0 is the average, p = 2 MetaGPT.
+
+    Args:
+        suite: with experts.
+        powers: values of p.
+        total: the sum of all scales; MetaGPT's and the average's is 1.
+        split: the images to evaluate on.
+    """
+    tv = suite.task_vectors
+    lengths = tv.gram().diagonal().sqrt()
+    merges = {}
+    for power in powers:
+        scales = total * lengths**power / (lengths**power).sum()
+        merged = task_arithmetic(tv, scale=scales.tolist())
+        merges[f"p = {power:g}, sum {total:g}"] = suite.evaluate(merged, split=split)
+    return _bars(merges)
+
+
+def explore_lengths(suite: Suite, *, split: str = "validation") -> Any:
+    """Two sliders: how much a task vector's length counts for its scale, and what the scales add up to.
+
+    Args:
+        suite: with experts.
+        split: the images to evaluate on.
+
+    Returns:
+        An ipywidgets container: two sliders and the figure drawn by `lengths_at`.
+    """
+    return _explorer(
+        lambda power, total: lengths_at(suite, [power], total=total, split=split),
+        power=_slider("power p", 2.0, (-4.0, 8.0)),
+        total=_slider("sum of λ", 1.0, (0.0, 4.0)),
+    )
 
 
 def explore_scale(

@@ -8,17 +8,35 @@ import pytest
 import torch
 
 import mergekit_lite as mkl
+from mergekit_lite.geometry import cosines
 from mergekit_lite.lab import best, sweep
+from mergekit_lite.lab.headroom import fit_scales, scaled
 from mergekit_lite.lab.plots import (
     plot_cosines,
     plot_curves,
     plot_maps,
+    plot_matrices,
     plot_merges,
+    plot_points,
     plot_sweep,
     show_images,
     show_source,
 )
-from mergekit_lite.lab.widgets import edits_at, explore_edit, explore_pair, explore_scale, merges_at, pairs_at
+from mergekit_lite.lab.widgets import (
+    disentangled_at,
+    edits_at,
+    explore_angle,
+    explore_disentangling,
+    explore_edit,
+    explore_lengths,
+    explore_pair,
+    explore_scale,
+    lengths_at,
+    merges_at,
+    pairs_at,
+    turned,
+    turned_at,
+)
 from mergekit_lite.suites import compare
 
 mpl.use("agg")
@@ -126,7 +144,8 @@ def heights(figure):
 def extremes(explorer):
     """Set every slider to its ends and every menu to its last entry, and draw each time."""
     for control in explorer.children[:-1]:
-        for value in (control.min, control.max) if hasattr(control, "min") else (control.options[-1],):
+        ends = (control.min, control.max) if hasattr(control, "min") else (control.options[-1],)
+        for value in [control.base**end for end in ends] if hasattr(control, "base") else ends:
             control.value = value
             explorer.update()
             assert not [o for o in explorer.out.outputs if o["output_type"] == "error"], explorer.out.outputs
@@ -168,7 +187,101 @@ def test_the_pair_explorer_at_its_extremes(two):
         pairs_at(two, names[:1], [(1.0, 1.0)])
 
 
+def test_a_turned_task_vector_keeps_its_length(two):
+    pair = two.task_vectors
+    for cosine in (-0.7, 0.0, 0.9):
+        moved = turned(pair, cosine)
+        assert cosines(moved)[0, 1].item() == pytest.approx(cosine, abs=1e-5)
+        torch.testing.assert_close(moved.gram().diagonal(), pair.gram().diagonal(), rtol=1e-5, atol=0)
+    back = turned(pair, cosines(pair)[0, 1].item())
+    torch.testing.assert_close(back.flat(), pair.flat(), atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"expected two task vectors and a cosine; got 2 and 1\.5"):
+        turned(pair, 1.5)
+    with pytest.raises(ValueError, match="parallel"):
+        turned(mkl.TaskVectors(two.base, [two.experts["photo_digits"]] * 2), 0.5)
+
+
+def test_the_angle_explorer_at_its_extremes(two):
+    names = list(two.tasks)
+    explorer = explore_angle(two, names)
+    assert [at["cosine"] for at in extremes(explorer)] == [-0.95, 0.95, 0.95, 0.95]
+    predicted, measured = turned_at(two, names, [-0.9, 0.9], scale=0.1).axes[0].get_lines()[:2]
+    pair = turned(two.task_vectors, 0.9)
+    first = two.losses(mkl.task_arithmetic(pair, scale=[0.1, 0.0]), tasks=names[:1])[names[0]]
+    both = two.losses(mkl.task_arithmetic(pair, scale=0.1), tasks=names[:1])[names[0]]
+    assert measured.get_ydata()[1] == pytest.approx(both - first, abs=1e-5)
+    assert predicted.get_ydata()[0] > 0 > predicted.get_ydata()[1], "opposed vectors undo, parallel ones help"
+
+
+def test_the_disentangling_explorer_at_its_extremes(two):
+    explorer = explore_disentangling(two)
+    seen = list(extremes(explorer))
+    assert [(round(at["alpha"], 3), at["granularity"]) for at in seen] == [
+        (0.001, "layer"),
+        (1.0, "layer"),
+        (1.0, "row"),
+    ]
+    found = mkl.disentangle(two.task_vectors, relative=True)
+    figure = disentangled_at(two, granularity="whole", scales=(0.2, 0.4))
+    shown = figure.axes[0].images[0].get_array()
+    assert shown[0, 1] == pytest.approx(cosines(found.task_vectors)[0, 1].item(), abs=1e-9)
+    shares = figure.axes[1].get_lines()[0].get_xdata()
+    assert list(shares) == pytest.approx((1 - 2 * found.coefficients["conv_stem.weight"]).tolist())
+    merged = two.evaluate(mkl.task_arithmetic(found.task_vectors, scale=0.4), split="validation")
+    lines = {line.get_label(): line for line in figure.axes[2].get_lines()}
+    assert lines["AWD"].get_ydata()[1] == pytest.approx(merged.average)
+    assert f"mean |cosine| {found.cosines[0]:.3f} before, {found.cosines[-1]:.3f} after" in figure.get_label()
+
+
+def test_the_length_explorer_goes_from_the_average_to_metagpt(two):
+    assert [at["sum of λ"] for at in extremes(explore_lengths(two))] == [1.0, 1.0, 0.0, 4.0]
+    averaged, metagpt = heights(lengths_at(two, [0.0, 2.0]))
+    assert averaged == pytest.approx(list(two.evaluate(mkl.average(two.task_vectors), split="validation").values()))
+    assert metagpt == pytest.approx(list(two.evaluate(mkl.metagpt(two.task_vectors), split="validation").values()))
+
+
+# ---------------------------------------------------------------- the best scales there are
+
+
+def test_scales_chosen_with_labels_lower_the_loss(two):
+    few = two.cut(30)
+    tv = few.task_vectors
+    before = sum(few.losses(mkl.task_arithmetic(tv, scale=0.2)).values())
+    for granularity, shape in (("whole", (2,)), ("layer", (2,)), ("row", (32, 2))):
+        scales = fit_scales(few, granularity, iterations=4, images=30, step=0.05, progress=False)
+        assert scales["conv_stem.weight"].shape == shape
+        assert sum(few.losses(scaled(tv, scales)).values()) < before - 0.02
+        if granularity == "whole":
+            whole = scales["conv_stem.weight"]
+            assert all(scale is whole for scale in scales.values())
+            assert before - 0.02 > sum(few.losses(mkl.task_arithmetic(tv, scale=whole.tolist())).values())
+
+
+def test_the_slope_of_a_scale_is_what_a_small_change_shows(two):
+    """One step of Adam goes against the sign of the slope: compare with the losses on both sides."""
+    few = two.cut(40)
+    tv = few.task_vectors
+    start, moved = 0.4, fit_scales(few, iterations=1, images=40, start=0.4, step=1e-3, progress=False)
+    for k in range(2):
+        sides = []
+        for change in (-0.02, 0.02):
+            scales = [start + change * (j == k) for j in range(2)]
+            sides.append(sum(few.losses(mkl.task_arithmetic(tv, scale=scales)).values()))
+        assert (moved["conv_stem.weight"][k] < start) == (sides[0] < sides[1])
+
+
 # ---------------------------------------------------------------- curves and maps
+
+
+def test_matrices_and_points_are_drawn_as_given():
+    matrix = torch.tensor([[0.0, -0.5], [0.25, 0.0]])
+    figure = plot_matrices({"first": matrix, "second": -matrix}, ["a", "b"], label="nats")
+    assert figure.axes[1].images[0].get_array().tolist() == (-matrix).tolist()
+    assert figure.axes[0].images[0].get_clim() == (-0.5, 0.5)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.00", "-0.50", "0.25", "0.00"]
+    axis = plot_points({"one": ([1.0, 2.0], [3.0, 4.0])}, xlabel="x", ylabel="y", diagonal=True, names=True).axes[0]
+    assert axis.get_lines()[0].get_xydata().tolist() == [[1, 3], [2, 4]]
+    assert axis.texts[0].get_text() == "one"
 
 
 def test_curves_go_through_the_values():
