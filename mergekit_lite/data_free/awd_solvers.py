@@ -18,8 +18,8 @@ orthonormal        `coordinates` of G, n = K + 1       none                     
 =================  ==================================  ========================  ===================================
 
 The last basis spans the task vectors and has one direction more. One is enough: for
-:math:`\delta = s + r` with s in the span and r at a right angle to it, every inner product in L depends on r through
-:math:`\|r\|` alone.
+:math:`\delta = \sum_k c_k \tau_k + r u` with a unit vector u at a right angle to the span, every inner product in L
+depends on u not at all and on r alone.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def minimise(
         starts: how many; the first three are δ near 0, the mean task vector, and one outside the span.
 
     Returns:
-        c (..., K) and e (...), for :math:`\delta = \sum_k c_k \tau_k + e\,u` with any unit vector u at a right angle
+        c (..., K) and r (...), for :math:`\delta = \sum_k c_k \tau_k + r u` with any unit vector u at a right angle
         to all task vectors; and the objective at δ = 0 and at this δ.
     """
     tasks = gram.shape[-1]

@@ -1,24 +1,24 @@
 r"""MetaGPT: a scale per task, in closed form, from the lengths of the task vectors.
 
 Zhou et al., "MetaGPT: merging large language models using model exclusive task arithmetic", EMNLP 2024
-(arXiv:2406.11385). Merging costs task t the *task loss difference*, its loss in the merge minus its loss in its own
+(arXiv:2406.11385). Merging costs task i the *task loss difference*, its loss in the merge minus its loss in its own
 expert. Expanding around the expert, where the gradient vanishes,
 
 .. math::
-   \mathrm{TLD}_t \approx \tfrac12\, h_t^\top H_t\, h_t, \qquad h_t = \sum_k \lambda_k \tau_k - \tau_t .
+   \mathrm{TLD}_i \approx \tfrac12\, (v - \tau_i)^\top H_i\, (v - \tau_i), \qquad v = \sum_k \lambda_k \tau_k .
 
-The paper linearises the network and assumes a squared loss. Then :math:`\tau_t` is proportional to the network's
-gradient, the Hessian :math:`H_t` to :math:`\tau_t \tau_t^\top`, and Cauchy-Schwarz gives, up to one factor for all
+The paper linearises the network and assumes a squared loss. Then :math:`\tau_i` is proportional to the network's
+gradient, the Hessian :math:`H_i` to :math:`\tau_i \tau_i^\top`, and Cauchy-Schwarz gives, up to one factor for all
 tasks,
 
 .. math::
-   \sum_t \mathrm{TLD}_t \;\le\; \sum_t \|\tau_t\|^2\, \|v - \tau_t\|^2, \qquad v = \sum_k \lambda_k \tau_k .
+   \sum_i \mathrm{TLD}_i \;\le\; \sum_i \|\tau_i\|^2\, \|v - \tau_i\|^2 .
 
-The right-hand side is a sum of squared distances from v, weighted by :math:`\|\tau_t\|^2`. Its minimum over *all*
+The right-hand side is a sum of squared distances from v, weighted by :math:`\|\tau_i\|^2`. Its minimum over *all*
 vectors v is the weighted centroid, a combination of task vectors with the coefficients (the paper's equation 15)
 
 .. math::
-   \lambda_t = \frac{\|\tau_t\|^2}{\sum_k \|\tau_k\|^2} .
+   \lambda_i = \frac{\|\tau_i\|^2}{\sum_k \|\tau_k\|^2} .
 
 So the orthogonality of the task vectors, which the paper assumes, is not needed for this step. (Its equations 10 and
 39 print :math:`1 - \lambda_k^2` where only :math:`(1 - \lambda_k)^2` leads to equation 15.) The coefficients sum to
@@ -41,7 +41,7 @@ from mergekit_lite.task_vectors import TaskVectors, float64
     need=Need.WEIGHTS,
 )
 def metagpt(tv: TaskVectors, *, granularity: str = "whole") -> StateDict:
-    r"""Add the task vectors, each with the scale :math:`\lambda_t = \|\tau_t\|^2 / \sum_k \|\tau_k\|^2`.
+    r"""Add the task vectors, each with the scale :math:`\lambda_i = \|\tau_i\|^2 / \sum_k \|\tau_k\|^2`.
 
     Args:
         tv: K task vectors.

@@ -1,10 +1,11 @@
-"""How good can a merge be that only chooses scales? An upper bound, found with labels."""
+"""How good can a merge be that only chooses scales? The best scales that descent finds, with labels or without."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
@@ -25,11 +26,12 @@ def fit_scales(
     iterations: int = 40,
     images: int = 60,
     split: str = "validation",
+    labels: bool = True,
     progress: bool = True,
 ) -> Scales:
     r"""Scales :math:`\lambda_k` that make the labelled loss small: descent with Adam, as far as the images allow.
 
-    A merge that is allowed to see labels is no method to compare with; it shows what the best scales could bring. The
+    A merge that is allowed to see labels is no method to compare with; it shows what the best scales can bring. The
     chain rule gives the slopes without differentiating through the merge,
 
     .. math:: \frac{\partial}{\partial \lambda_k} \sum_i L_i\Big(\theta_0 + \sum_j \lambda_j \tau_j\Big)
@@ -45,6 +47,7 @@ def fit_scales(
         iterations: steps.
         images: of each task, drawn anew for every step.
         split: where the images come from.
+        labels: without them the entropy of the predictions takes the place of the loss: the idea of AdaMerging.
         progress: show a progress bar.
 
     Returns:
@@ -57,11 +60,12 @@ def fit_scales(
     sizes = {name: (rows_of(taus).shape[1],) if granularity == "row" else () for name, taus in layers.items()}
     common = torch.full((len(tv),), start)  # one tensor for all names, if the scales are those of whole task vectors
     scales = {n: common if granularity == "whole" else torch.full((*size, len(tv)), start) for n, size in sizes.items()}
+    loss = F.cross_entropy if labels else entropy
     optimizer = torch.optim.Adam({id(s): s for s in scales.values()}.values(), lr=step)
     for iteration in trange(iterations, desc=f"{granularity} scales", disable=None if progress else True):
         glance = suite.cut(images, seed=iteration)
         merged = scaled(tv, scales)
-        gradients = [glance.gradient(merged, task, split=split) for task in suite.tasks]
+        gradients = [glance.gradient(merged, task, split=split, loss=loss) for task in suite.tasks]
         slopes = {id(s): torch.zeros_like(s) for s in scales.values()}
         for name in gradients[0]:
             slope = torch.stack([gradient[name] for gradient in gradients]).sum(0)
@@ -71,6 +75,11 @@ def fit_scales(
             scale.grad = slopes[id(scale)]
         optimizer.step()
     return scales
+
+
+def entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """How undecided the predictions are, in nats, on average over images; the labels are not looked at."""
+    return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
 
 
 def scaled(tv: TaskVectors, scales: Scales) -> StateDict:

@@ -102,6 +102,8 @@ def measure(suite: Suite, say: Callable[[str], Any] = print) -> tuple[pd.DataFra
         "MetaGPT": metagpt(tv),
         "MetaGPT, layer": metagpt(tv, granularity="layer"),
     }
+    without_labels = fit_scales(suite, start=rows[0]["scale"], labels=False)
+    merges["scales chosen by entropy, whole"] = scaled(tv, without_labels)
     for granularity in ("whole", "layer", "row"):
         scales = fit_scales(suite, granularity, start=rows[0]["scale"])
         merges[f"scales chosen with labels, {granularity}"] = scaled(tv, scales)

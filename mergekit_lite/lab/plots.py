@@ -274,8 +274,8 @@ def plot_disentangled(
     return figure
 
 
-def show_source(function: object) -> object:
-    """The file in which a method is written, coloured, for reading in a notebook."""
+def show_source(function: object, *, alone: bool = False) -> object:
+    """The file in which a method is written, coloured, for reading in a notebook; or that one function `alone`."""
     import inspect
 
     from IPython.display import Code
@@ -283,4 +283,5 @@ def show_source(function: object) -> object:
     module = inspect.getmodule(function)
     if module is None:
         raise ValueError(f"{function} was not written in a file.")
-    return Code(inspect.getsource(module).rstrip(), language="python")
+    shown = inspect.getsource(function if alone else module)  # type: ignore[arg-type]
+    return Code(shown.rstrip(), language="python")

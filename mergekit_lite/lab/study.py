@@ -218,9 +218,8 @@ def orthogonality(work: Path = Path("suites"), out: Path = TABLES) -> None:
     table = by_method.mean()
     table.insert(table.columns.get_loc("test") + 1, "spread", by_method["test"].std())
     _write(table, out / "orthogonality.csv", "method")
-    _write(
-        pd.concat(curves).groupby(["method", "scale"], sort=False).mean(), out / "orthogonality-curves.csv", "method"
-    )
+    curve = pd.concat(curves).groupby(["method", "scale"], sort=False).mean().reset_index(level="scale")
+    _write(curve, out / "orthogonality-curves.csv", "method")
 
 
 @app.command()

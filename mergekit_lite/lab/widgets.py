@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mergekit_lite.data_free import disentangle, task_arithmetic
 from mergekit_lite.geometry import cosines as angles
+from mergekit_lite.geometry import slopes
 from mergekit_lite.lab.plots import plot_curves, plot_disentangled, plot_merges
 from mergekit_lite.suites.suite import Evaluation, Suite
 from mergekit_lite.task_vectors import TaskVectors
@@ -104,8 +105,7 @@ def turned_at(
         vectors = turned(pair, cosine)
         merged = task_arithmetic(vectors, scale=scale)
         measured.append(suite.losses(merged, tasks=[tasks[0]], split=split)[tasks[0]] - before)
-        steps = [scale * (slope[name] * taus[1]).sum() for name, _, taus in vectors.layers() if name in slope]
-        predicted.append(torch.stack(steps).sum().item())
+        predicted.append(scale * slopes(vectors, slope)[1].item())
     figure = plot_curves(
         at,
         {"predicted by the first order": predicted, "measured": measured},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -220,9 +220,20 @@ class Suite:
         return losses
 
     def gradient(
-        self, state: Mapping[str, Tensor] | nn.Module | None, task: str, *, split: str = "validation"
+        self,
+        state: Mapping[str, Tensor] | nn.Module | None,
+        task: str,
+        *,
+        split: str = "validation",
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     ) -> StateDict:
-        """The gradient of a task's mean cross-entropy by the weights, at one set of weights: by parameter name.
+        """The gradient of a task's mean loss by the weights, at one set of weights: by parameter name.
+
+        Args:
+            state: as for `evaluate`.
+            task: a task's name.
+            split: the images.
+            loss: ``loss(logits, labels)``, a mean over images; by default the cross-entropy in nats.
 
         Raises:
             As `evaluate`.
@@ -232,8 +243,8 @@ class Suite:
         with one_thread(), torch.enable_grad():
             for batch in images.batches(EVALUATION_BATCH):
                 logits = self.heads[task](model(self.prepare(batch.images)))
-                loss = F.cross_entropy(logits, batch.labels.to(logits.device), reduction="sum")
-                (loss / len(images)).backward()  # gradients add up over the batches
+                part = loss(logits, batch.labels.to(logits.device)) * len(batch.labels) / len(images)
+                part.backward()  # gradients add up over the batches
         return {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
 
     def _as_module(self, state: Mapping[str, Tensor] | nn.Module | None) -> nn.Module:

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import mergekit_lite as mkl
+from mergekit_lite.data_free.awd_solvers import objective
+from mergekit_lite.geometry import cosines, rows_of, slopes
 from mergekit_lite.lab import check
-from mergekit_lite.lab.exercises import Verdict, checking, exercise, exercises
+from mergekit_lite.lab.exercises import Verdict, checking, exercise, exercises, part1, part2
 
 
 def weighted(tv, heavy, weight=3.0):
@@ -45,6 +47,51 @@ def moved(tv, change):
 def dip(curve):
     line = np.linspace(curve[0], curve[-1], len(curve))
     return (line - np.array(curve)).max()
+
+
+def chance(d, tasks):
+    x = torch.randn(200, tasks, d, generator=torch.Generator().manual_seed(5))
+    x = x / x.norm(dim=-1, keepdim=True)
+    return (x @ x.transpose(1, 2) - torch.eye(tasks)).abs()
+
+
+def pairs(tv):
+    return cosines(tv)[~torch.eye(len(tv), dtype=torch.bool)]
+
+
+def first_order(own=False, at_base=False, factor=1.0):
+    """What the first order predicts for a merge, and ways to get it wrong."""
+
+    def predicted(suite, task, scale):
+        tv = suite.task_vectors
+        i = tv.names.index(task)
+        state = None if at_base else mkl.task_arithmetic(tv[i], scale=scale)
+        along = slopes(tv, suite.gradient(state, task))
+        return factor * scale * (along.sum() - (0 if own else along[i])).item()
+
+    return predicted
+
+
+def slope_at_zero(tv):
+    """The gradient of L_O at δ = 0: the length of its coefficients, and its own."""
+    gram = tv.gram()
+    zero = torch.zeros(len(gram)).double()
+    b = objective(torch.eye(len(gram)).double(), gram, zero, alpha=0.0).gradient
+    return b.norm().item(), (b @ gram @ b).sqrt().item()
+
+
+def shortened(change):
+    """Row by row, the sum of the task vectors times a function of Σ ‖τ‖² / ‖Σ τ‖²."""
+
+    def method(tv, scale=1.0):
+        def merge(name, taus):
+            rows = rows_of(taus)
+            ratio = rows.square().sum((0, 2)) / rows.sum(0).square().sum(1)
+            return (scale * change(ratio)[:, None] * rows.sum(0)).view(taus.shape[1:])
+
+        return tv.map(merge)
+
+    return method
 
 
 # (exercise, an answer made from the task vectors, what the hint says); None where the answer is right.
@@ -98,6 +145,56 @@ ANSWERS = [
     ("1.3.3", lambda tv: moved(tv, lambda tau: torch.full_like(tau, tau.mean().item())), "shuffle τ"),
     ("1.3.4", lambda tv: 0.9, "expected about 0.4"),
     ("1.3.4", lambda tv: 47, "between 0 and 1"),
+    ("2.1.1", lambda tv: lambda d, K: chance(d, K).amax((1, 2)).mean().item(), None),
+    (
+        "2.1.1",
+        lambda tv: lambda d, K: chance(d, K).sum((1, 2)).mean().item() / (K * (K - 1)),
+        "the largest of each draw",
+    ),
+    ("2.1.1", lambda tv: lambda d, K: 1 / d, "should be near"),
+    ("2.1.2", lambda tv: 0.7071, None),
+    ("2.1.2", lambda tv: 0.25, "solve arccos"),
+    ("2.1.3", lambda tv: 1 / pairs(tv).square().mean().item(), None),
+    ("2.1.3", lambda tv: 1 / pairs(tv).mean().item() ** 2, "the mean of the squares"),
+    ("2.1.3", lambda tv: tv.dimension, "invert it"),
+    ("2.1.4", lambda tv: first_order(), None),
+    ("2.1.4", lambda tv: first_order(own=True), "it does not count"),
+    ("2.1.4", lambda tv: first_order(at_base=True), "gradient at the base"),
+    ("2.1.4", lambda tv: first_order(factor=5.0), "multiply by the scale"),
+    ("2.1.4", lambda tv: first_order(factor=-1.0), "it should be"),
+    ("2.2.1", lambda tv: lambda c, scale: scale * (1 - len(c) * c), None),
+    ("2.2.1", lambda tv: lambda c, scale: scale * (1 - c), "counts K times"),
+    ("2.2.1", lambda tv: lambda c, scale: 1 - len(c) * c, "λ is missing"),
+    ("2.2.1", lambda tv: lambda c, scale: scale - c, "collect what stands"),
+    ("2.2.2", lambda tv: lambda G, c: (torch.eye(5) - c).double() @ G @ (torch.eye(5) - c).double().T, None),
+    ("2.2.2", lambda tv: lambda G, c: G - (G @ c)[:, None] - (G @ c)[None], "the last term is missing"),
+    ("2.2.2", lambda tv: lambda G, c: G - c @ G @ c, "two mixed terms"),
+    ("2.2.2", lambda tv: lambda G, c: G, "four inner products"),
+    ("2.2.2", lambda tv: lambda G, c: G @ c, "a K x K matrix"),
+    ("2.2.3", lambda tv: slope_at_zero(tv)[1], None),
+    ("2.2.3", lambda tv: slope_at_zero(tv)[0], "the length of the coefficients"),
+    ("2.2.3", lambda tv: slope_at_zero(tv)[1] ** 2, "the squared length"),
+    ("2.2.3", lambda tv: 3.0, "per unit of length"),
+    ("2.2.4", lambda tv: shortened(lambda ratio: ratio.sqrt().clamp(max=1)), None),
+    ("2.2.4", lambda tv: mkl.task_arithmetic, "plain task arithmetic"),
+    ("2.2.4", lambda tv: shortened(lambda ratio: ratio.sqrt()), "only shorten"),
+    ("2.2.4", lambda tv: shortened(lambda ratio: ratio.clamp(max=1)), "take its square root"),
+    ("2.2.4", lambda tv: shortened(lambda ratio: ratio.sqrt().clamp(max=0.5)), "row by row"),
+    ("2.3.1", lambda tv: lambda G: G.diagonal() / G.trace(), None),
+    ("2.3.1", lambda tv: lambda G: G.diagonal().sqrt() / G.diagonal().sqrt().sum(), "the squared lengths"),
+    ("2.3.1", lambda tv: lambda G: G.diagonal() / G.sum(), "the trace"),
+    ("2.3.1", lambda tv: lambda G: torch.ones(3) / 3, "the diagonal of the Gram matrix"),
+    ("2.3.2", lambda tv: 8, None),
+    ("2.3.2", lambda tv: 2, "its scale grows"),
+    ("2.3.2", lambda tv: 4, "the vector is twice as long"),
+    ("2.3.2", lambda tv: 16, "proportional"),
+    ("2.3.3", lambda tv: lambda v, t: (t.square().sum(1) * (v - t).square().sum(1)).sum(), None),
+    ("2.3.3", lambda tv: lambda v, t: (v - t).square().sum(), "are weighted"),
+    ("2.3.3", lambda tv: lambda v, t: (t.norm(dim=1) * (v - t).norm(dim=1)).sum(), "both lengths are squared"),
+    ("2.3.3", lambda tv: lambda v, t: t.square().sum(1) * (v - t).square().sum(1), "one number"),
+    ("2.3.3", lambda tv: lambda v, t: v.sum(), "Σ_i"),
+    ("2.3.4", lambda tv: mkl.task_arithmetic(tv.subset(["fashion", "letters", "icon_family"]), scale=0.35), None),
+    ("2.3.4", lambda tv: dict(tv.base), "Give all task vectors the same length"),
 ]
 
 
@@ -105,7 +202,8 @@ ANSWERS = [
     ("number", "answer", "hint"), ANSWERS, ids=lambda x: x if isinstance(x, str) else "" if callable(x) else "right"
 )
 def test_right_answers_pass_and_wrong_ones_get_a_hint(number, answer, hint, suite, monkeypatch):
-    monkeypatch.setattr(checking, "pocket8", lambda: suite)
+    for module in (checking, part1, part2):
+        monkeypatch.setattr(module, "pocket8", lambda: suite)
     verdict = check(number, answer(suite.task_vectors))
     assert bool(verdict) == (hint is None), verdict
     assert (hint or "right") in repr(verdict)

@@ -10,7 +10,7 @@ import torch
 import mergekit_lite as mkl
 from mergekit_lite.geometry import cosines
 from mergekit_lite.lab import best, sweep
-from mergekit_lite.lab.headroom import fit_scales, scaled
+from mergekit_lite.lab.headroom import entropy, fit_scales, scaled
 from mergekit_lite.lab.plots import (
     plot_cosines,
     plot_curves,
@@ -129,6 +129,7 @@ def test_there_is_a_row_of_images_per_task(two):
 
 def test_a_methods_source_is_its_file():
     assert "disjoint_mean" in show_source(mkl.ties).data
+    assert show_source(sweep, alone=True).data.startswith("def sweep(")
     with pytest.raises(ValueError, match="not written in a file"):
         show_source(3)
 
@@ -255,6 +256,20 @@ def test_scales_chosen_with_labels_lower_the_loss(two):
             whole = scales["conv_stem.weight"]
             assert all(scale is whole for scale in scales.values())
             assert before - 0.02 > sum(few.losses(mkl.task_arithmetic(tv, scale=whole.tolist())).values())
+
+
+def test_without_labels_the_predictions_become_more_certain(two):
+    few = two.cut(30)
+    tv = few.task_vectors
+
+    def undecided(state):
+        splits = {name: task.validation for name, task in few.tasks.items()}
+        return sum(entropy(few.logits(few.build(state), name, split), None).item() for name, split in splits.items())
+
+    for task in few.tasks.values():
+        task.validation.labels.fill_(0)  # of the copy that `cut` made
+    scales = fit_scales(few, iterations=4, images=30, step=0.05, labels=False, progress=False)
+    assert undecided(scaled(tv, scales)) < undecided(mkl.task_arithmetic(tv, scale=0.2)) - 0.02
 
 
 def test_the_slope_of_a_scale_is_what_a_small_change_shows(two):
