@@ -120,18 +120,21 @@ def descend(
     tensors (...), with a number for each problem.
 
     Returns:
-        The coordinates (..., n) of δ, and the objective before the first step and after each.
+        The coordinates (..., n) of δ, and the objective before the first step and after each; all but the last
+        without its gradient.
     """
     delta = points.new_zeros((*points.shape[:-2], points.shape[-1]))
     velocity = torch.zeros_like(delta)
     step, weight_decay = (
         torch.as_tensor(number, dtype=points.dtype).to(points.device).unsqueeze(-1) for number in (step, weight_decay)
     )
-    record = [objective(points, metric, delta, alpha=alpha, squared=squared)]
+    record: list[Value] = []
     for _ in range(iterations):
-        velocity = momentum * velocity + record[-1].gradient + weight_decay * delta
+        value = objective(points, metric, delta, alpha=alpha, squared=squared)
+        record.append(value._replace(gradient=points.new_empty(0)))  # as long as δ, and not needed any more
+        velocity = momentum * velocity + value.gradient + weight_decay * delta
         delta = delta - step * velocity
-        record.append(objective(points, metric, delta, alpha=alpha, squared=squared))
+    record.append(objective(points, metric, delta, alpha=alpha, squared=squared))
     return delta, record
 
 

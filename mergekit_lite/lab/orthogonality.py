@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mergekit_lite.data_free import average, disentangle, metagpt, task_arithmetic
+from mergekit_lite.geometry import rows_of
 from mergekit_lite.lab.headroom import fit_scales, scaled
 from mergekit_lite.suites.suite import Suite
 from mergekit_lite.task_vectors import TaskVectors
@@ -46,6 +47,22 @@ for _granularity in ("whole", "layer", "row"):
             {"granularity": _granularity, "solver": _solver, "relative": True},
             ALPHAS,
         )
+
+
+def pythagoras(tv: TaskVectors) -> TaskVectors:
+    r"""Row by row, task vectors whose sum is no longer than it would be if they were orthogonal.
+
+    A control for AWD: within a row it changes no direction and no cosine, only lengths, by the factor
+    :math:`\min(1, \sqrt{\sum_k \|\tau_k\|^2} \,/\, \|\sum_k \tau_k\|)`.
+    """
+
+    def shorten(name: str, taus: Tensor) -> Tensor:
+        rows = rows_of(taus)  # (K, rows, columns)
+        if_orthogonal = rows.square().sum((0, 2)).sqrt()
+        factor = if_orthogonal / rows.sum(0).norm(dim=1).clamp(min=1e-12)
+        return (rows * factor.clamp(max=1)[:, None]).view(taus.shape)
+
+    return tv.transform(shorten)
 
 
 def measure(suite: Suite, say: Callable[[str], Any] = print) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -96,6 +113,7 @@ def measure(suite: Suite, say: Callable[[str], Any] = print) -> tuple[pd.DataFra
         alpha = max(found, key=lambda alpha: best_scale(found[alpha].task_vectors)[0]) if len(found) > 1 else alphas[0]
         report(method, alpha, found[alpha].task_vectors, found[alpha].lengths[-1].item())
 
+    report("control: Pythagoras per row", None, pythagoras(tv), 0.0)
     merges = {
         "average": average(tv),
         "task arithmetic, λ = 0.3": task_arithmetic(tv, scale=0.3),

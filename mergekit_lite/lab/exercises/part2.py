@@ -56,7 +56,7 @@ def effective_dimensions(dimensions: float) -> str:
         raise Wrong("you squared the mean; take the mean of the squares.")
     if abs(value - expected) > 0.02 * expected:
         raise Wrong("1 / d is the mean squared cosine: invert it, over the pairs of different tasks only.")
-    return f"about {expected:.0f}: angles see a thousandth of the network's dimensions."
+    return f"about {expected:.0f}, of {pocket8().task_vectors.dimension:,}."
 
 
 @exercise("2.1.4")
@@ -167,7 +167,7 @@ def rows_as_if_orthogonal(method: Callable[..., dict[str, Tensor]]) -> str:
             raise Wrong("that is the ratio of the squared lengths; take its square root.")
         if not torch.allclose(merged[name], moved(factor.clamp(max=1)), atol=1e-4):
             raise Wrong(f"the rows of '{name}' differ from the sum times min(1, √(Σ ‖τ_k‖²) / ‖Σ τ_k‖), row by row.")
-    return "two lines, and most of what row-wise AWD does to the curve over λ."
+    return "a few lines, and two thirds of what AWD per row does to the curve over λ."
 
 
 # ---------------------------------------------------------------- 2.3 MetaGPT
