@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from mergekit_lite.task_vectors import TaskVectors
 if TYPE_CHECKING:
     import pandas as pd
 
+TABLES = Path(__file__).parent / "tables"
 SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 ALPHAS = (0.01, 0.1, 0.3)  # in units of the task vectors' lengths
 
@@ -47,6 +49,20 @@ for _granularity in ("whole", "layer", "row"):
             {"granularity": _granularity, "solver": _solver, "relative": True},
             ALPHAS,
         )
+
+
+def results() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What the study found with pocket8, means over three seeds; it travels with the package.
+
+    Returns:
+        One row per method, by name: α and λ that were chosen, accuracies on validation and test images, the spread
+        of the latter, lengths; and accuracies on validation images, one row per λ and one column per method.
+    """
+    import pandas as pd
+
+    table = pd.read_csv(TABLES / "orthogonality.csv", index_col="method")
+    curves = pd.read_csv(TABLES / "orthogonality-curves.csv")
+    return table, curves.pivot(index="scale", columns="method", values="validation")
 
 
 def pythagoras(tv: TaskVectors) -> TaskVectors:

@@ -4,7 +4,8 @@
 validation images, and writes test accuracies, mean and spread, to ``book/tables``. ``trials`` trains the
 experts of one seed by other recipes and writes the same figures for each: the record of what was tried.
 ``variants`` compares the relatives of pocket8, ``edits`` measures forgetting and analogies over the seeds, and
-``analogies`` tries four changes of the images. Each writes one table to ``book/tables``.
+``analogies`` tries four changes of the images; ``orthogonality`` measures AWD, MetaGPT and the best scales there are.
+Each writes its table to ``book/tables``, the last one into the package, for the chapters read it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from mergekit_lite.checkpoints import StateDict, atomic_path
 from mergekit_lite.data_free import analogy, average, negation, pcb, task_arithmetic, ties, tsv
 from mergekit_lite.geometry import largest_cosine
+from mergekit_lite.lab.orthogonality import TABLES as SHIPPED
 from mergekit_lite.lab.orthogonality import measure as measure_orthogonality
 from mergekit_lite.lab.sweeps import best, sweep
 from mergekit_lite.suites.build import build, build_variant
@@ -201,7 +203,7 @@ def _without_examples(suite: Suite, changed: StateDict, target: str) -> dict[str
 
 
 @app.command()
-def orthogonality(work: Path = Path("suites"), out: Path = TABLES) -> None:
+def orthogonality(work: Path = Path("suites"), out: Path = SHIPPED) -> None:
     """AWD, MetaGPT and the best scales there are, three seeds each (40 minutes; goes on in `work`)."""
     import pandas as pd
 
