@@ -19,6 +19,8 @@ IMAGES = Path("book/images")
 def run(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=600, record_timing=False)
+    # Answering a slider's output widget can make nbclient miss the cell's reply and wait until the timeout.
+    client.comm_open_handlers.clear()
     client.execute(cwd=str(path.parent))
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])

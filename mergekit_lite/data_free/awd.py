@@ -156,32 +156,28 @@ def disentangle(
     Raises:
         ValueError: another solver or granularity, a negative number, `row_mean` without rows.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got '{solver}'.")
-    if row_mean and granularity != "row":
-        raise ValueError(f"row_mean is about rows; the granularity is '{granularity}'.")
-    numbers = {"alpha": alpha, "step": step, "iterations": iterations}
-    for name, number in {**numbers, "momentum": momentum, "weight_decay": weight_decay}.items():
-        if not number >= 0:
-            raise ValueError(f"{name} must not be negative; got {number}.")
+    _check(solver, granularity, row_mean, alpha, step, iterations, momentum, weight_decay)
 
     # δ is a combination of these: the task vectors, and for the exact minimum one random vector more.
     parts = tv.transform(_with_noise, [*tv.names, "outside"]) if solver == "exact" else tv
     by_name = grams(parts, granularity, where=where)
-    counts = {name: gram[..., 0, 0].numel() for name, gram in by_name.items()}  # of the problems
+    counts = [gram[..., 0, 0].numel() for gram in by_name.values()]
     problems = torch.cat([gram.reshape(-1, len(parts), len(parts)) for gram in by_name.values()])
-    rows = torch.cat([torch.full((n,), n if row_mean else 1, dtype=problems.dtype) for n in counts.values()])
-    rows = rows.to(problems.device)
-    unit = typical_length(problems[:, : len(tv), : len(tv)]) if relative else torch.ones_like(rows)
+    unit = problems.new_ones(len(problems))
+    if relative:
+        unit = typical_length(problems[:, : len(tv), : len(tv)])
+        problems = problems / unit.square()[:, None, None]
+
     # The mean over R rows plus α times the sum is 1/R times (the sum plus R α times the sum).
-    alpha_of_each = alpha * rows
+    rows = torch.cat([unit.new_full((count,), count if row_mean else 1) for count in counts])
     if solver == "exact":
-        c, record = _solve_exactly(problems / unit.square()[:, None, None], alpha_of_each, squared)
+        c, record = _solve_exactly(problems, alpha * rows, squared)
     else:
+        basis = torch.eye(len(tv), dtype=problems.dtype, device=problems.device).expand_as(problems)
         c, record = descend(
-            torch.eye(len(tv), dtype=problems.dtype, device=problems.device).expand_as(problems),
-            problems / unit.square()[:, None, None],
-            alpha=alpha_of_each,
+            basis,
+            problems,
+            alpha=alpha * rows,
             step=step / rows,
             iterations=iterations,
             momentum=momentum,
@@ -189,10 +185,8 @@ def disentangle(
             squared=squared,
         )
 
-    solved = {
-        name: part.view(*by_name[name].shape[:-1])
-        for name, part in zip(counts, c.split(list(counts.values())), strict=True)
-    }
+    pieces = zip(by_name.items(), c.split(counts), strict=True)
+    solved = {name: piece.view(gram.shape[:-1]) for (name, gram), piece in pieces}
     names = [name for name, theta0, _ in tv.layers() if where is None or where(name, theta0)]
     shares = {name: solved["whole" if granularity == "whole" else name] for name in names}
 
@@ -217,6 +211,16 @@ def combine(coefficients: Tensor, taus: Tensor) -> Tensor:
     if c.ndim == 1:
         return torch.tensordot(c, taus, dims=1)
     return torch.einsum("rk,krd->rd", c, rows_of(taus)).view(taus.shape[1:])
+
+
+def _check(solver: str, granularity: str, row_mean: bool, *numbers: float) -> None:
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got '{solver}'.")
+    if row_mean and granularity != "row":
+        raise ValueError(f"row_mean is about rows; the granularity is '{granularity}'.")
+    for name, number in zip(("alpha", "step", "iterations", "momentum", "weight_decay"), numbers, strict=True):
+        if not number >= 0:
+            raise ValueError(f"{name} must not be negative; got {number}.")
 
 
 # ---------------------------------------------------------------- outside the span of the task vectors
