@@ -129,6 +129,28 @@ def principal_cosines(tv: TaskVectors, rank: int, *, side: str = "left") -> dict
     return found
 
 
+def turned(pair: TaskVectors, cosine: float) -> TaskVectors:
+    r"""Two task vectors, the second turned within their plane until the two have this cosine; its length is kept.
+
+    Args:
+        pair: two task vectors, not parallel.
+        cosine: between -1 and 1.
+
+    Raises:
+        ValueError: not two task vectors, two parallel ones, or no cosine.
+    """
+    if len(pair) != 2 or not -1 <= cosine <= 1:
+        raise ValueError(f"expected two task vectors and a cosine; got {len(pair)} and {cosine}.")
+    (first, inner), (_, second) = pair.gram().tolist()
+    upright = second - inner**2 / first  # squared length of what τ2 has at a right angle to τ1
+    if upright <= 1e-9 * second:
+        raise ValueError("these two task vectors are parallel: they lie in no plane to turn in.")
+    along, across = cosine * (second / first) ** 0.5, ((1 - cosine**2) * second / upright) ** 0.5
+    return pair.transform(
+        lambda name, taus: torch.stack([taus[0], along * taus[0] + across * (taus[1] - inner / first * taus[0])])
+    )
+
+
 # ---------------------------------------------------------------- interference, in losses
 
 # The loss of a merged network on one task: ``loss(state, task)``.

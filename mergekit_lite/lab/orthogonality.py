@@ -97,13 +97,13 @@ def measure(suite: Suite, say: Callable[[str], Any] = print) -> tuple[pd.DataFra
     def validation(state: Any) -> float:
         return suite.evaluate(state, split="validation").average
 
-    def best_scale(vectors: TaskVectors) -> tuple[float, float, list[float]]:
-        accuracies = [validation(task_arithmetic(vectors, scale=scale)) for scale in SCALES]
-        top = max(range(len(SCALES)), key=lambda i: accuracies[i])
-        return accuracies[top], SCALES[top], accuracies
+    def sweep_scale(vectors: TaskVectors) -> dict[float, float]:
+        return {scale: validation(task_arithmetic(vectors, scale=scale)) for scale in SCALES}
 
-    def report(method: str, alpha: float | None, vectors: TaskVectors, length: float) -> None:
-        accuracy, scale, curve = best_scale(vectors)
+    def report(
+        method: str, alpha: float | None, vectors: TaskVectors, length: float, curve: dict[float, float]
+    ) -> None:
+        scale = max(curve, key=lambda scale: curve[scale])
         total = vectors.gram().sum().sqrt().item()
         test = suite.evaluate(task_arithmetic(vectors, scale=scale)).average
         rows.append(
@@ -111,25 +111,24 @@ def measure(suite: Suite, say: Callable[[str], Any] = print) -> tuple[pd.DataFra
                 "method": method,
                 "alpha": alpha,
                 "scale": scale,
-                "validation": accuracy,
+                "validation": curve[scale],
                 "test": test,
                 "length of the sum": total,
                 "length of delta": length,
             }
         )
-        curves.extend(
-            {"method": method, "scale": s, "validation": a, "distance": s * total}
-            for s, a in zip(SCALES, curve, strict=True)
-        )
+        curves.extend({"method": method, "scale": s, "validation": a, "distance": s * total} for s, a in curve.items())
         say(f"{method}: {test:.3f}")
 
-    report("task arithmetic", None, tv, 0.0)
+    report("task arithmetic", None, tv, 0.0, sweep_scale(tv))
     for method, (options, alphas) in WAYS.items():
         found = {alpha: disentangle(tv, alpha=alpha, **options) for alpha in alphas}
-        alpha = max(found, key=lambda alpha: best_scale(found[alpha].task_vectors)[0]) if len(found) > 1 else alphas[0]
-        report(method, alpha, found[alpha].task_vectors, found[alpha].lengths[-1].item())
+        tried = {alpha: sweep_scale(found[alpha].task_vectors) for alpha in alphas}
+        alpha = max(tried, key=lambda alpha: max(tried[alpha].values()))
+        report(method, alpha, found[alpha].task_vectors, found[alpha].lengths[-1].item(), tried[alpha])
 
-    report("control: Pythagoras per row", None, pythagoras(tv), 0.0)
+    control = pythagoras(tv)
+    report("control: Pythagoras per row", None, control, 0.0, sweep_scale(control))
     merges = {
         "average": average(tv),
         "task arithmetic, λ = 0.3": task_arithmetic(tv, scale=0.3),

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from mergekit_lite.data_free import disentangle, task_arithmetic
 from mergekit_lite.geometry import cosines as angles
-from mergekit_lite.geometry import slopes
+from mergekit_lite.geometry import slopes, turned
 from mergekit_lite.lab.plots import plot_curves, plot_disentangled, plot_merges
 from mergekit_lite.suites.suite import Evaluation, Suite
-from mergekit_lite.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,28 +62,6 @@ def pairs_at(
         both = task_arithmetic(pair, scale=[a, b])
         evaluations[f"{where}, both"] = suite.evaluate(both, split=split, tasks=tasks)
     return _bars(evaluations)
-
-
-def turned(pair: TaskVectors, cosine: float) -> TaskVectors:
-    r"""Two task vectors, the second turned within their plane until the two have this cosine; its length is kept.
-
-    Args:
-        pair: two task vectors, not parallel.
-        cosine: between -1 and 1.
-
-    Raises:
-        ValueError: not two task vectors, two parallel ones, or no cosine.
-    """
-    if len(pair) != 2 or not -1 <= cosine <= 1:
-        raise ValueError(f"expected two task vectors and a cosine; got {len(pair)} and {cosine}.")
-    (first, inner), (_, second) = pair.gram().tolist()
-    upright = second - inner**2 / first  # squared length of what τ2 has at a right angle to τ1
-    if upright <= 1e-9 * second:
-        raise ValueError("these two task vectors are parallel: they lie in no plane to turn in.")
-    along, across = cosine * (second / first) ** 0.5, ((1 - cosine**2) * second / upright) ** 0.5
-    return pair.transform(
-        lambda name, taus: torch.stack([taus[0], along * taus[0] + across * (taus[1] - inner / first * taus[0])])
-    )
 
 
 def turned_at(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mergekit_lite as mkl
-from mergekit_lite.geometry import cosines
+from mergekit_lite.geometry import cosines, turned
 from mergekit_lite.lab import best, sweep
 from mergekit_lite.lab.headroom import entropy, fit_scales, scaled
 from mergekit_lite.lab.plots import (
@@ -34,7 +34,6 @@ from mergekit_lite.lab.widgets import (
     lengths_at,
     merges_at,
     pairs_at,
-    turned,
     turned_at,
 )
 from mergekit_lite.suites import compare
