@@ -14,12 +14,16 @@ with the K task vectors, whether they live in memory or in files. It shows them 
 
 Methods written with these three never hold a whole model, so they also merge files larger than
 memory (`mergekit_lite.merge_files`).
+
+Most methods treat every weight by itself. For them there are `pieces()` and `map_pieces(f)`, which
+show the K task vectors in pieces small enough for a core's cache: several steps on a piece then
+cost hardly more than reading it once, and a merge takes about as long as reading the files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +32,18 @@ from mergekit_lite.checkpoints import PathLike, StateDict, open_checkpoint, tied
 
 Source = nn.Module | Mapping[str, Tensor] | PathLike
 TauFunction = Callable[[str, Tensor], Tensor]
+PieceFunction = Callable[["Place", Tensor], Tensor]
 Collector = Callable[[Iterable[tuple[str, Tensor]]], Any]
 
+PIECE = 1 << 16  # weights per piece: K = 8 of them in float32 are 2 MB
 GRAM_CHUNK = 1 << 14  # columns turned into float64 at a time: they stay in a core's cache
+
+
+class Place(NamedTuple):
+    """Where a piece lies: in which tensor, and how many of that tensor's weights stand before it."""
+
+    name: str
+    start: int
 
 
 class TaskVectors:
@@ -85,7 +98,8 @@ class TaskVectors:
         for name, expert in zip(self.names, self._experts, strict=True):
             _check_same_keys(self.base, expert, name)
         self._tied_to = _common_ties(self.base, self._experts)
-        self._functions: tuple[TauFunction, ...] = ()  # applied to each tensor's taus, in order
+        # Applied to the task vectors in order, each to whole tensors (False) or to pieces (True).
+        self._functions: tuple[tuple[Callable[[Any, Tensor], Tensor], bool], ...] = ()
         self._collect: Collector = dict
 
     # ---------------------------------------------------------------- looking at the task vectors
@@ -112,11 +126,21 @@ class TaskVectors:
             theta0 = _for_computing(self.base[name])
             yield name, theta0, self._taus(name, theta0)
 
+    def pieces(self) -> Iterator[tuple[Place, Tensor]]:
+        """Yield ``(place, taus)`` for each piece of each floating-point tensor, in the order of `flat`.
+
+        ``taus`` has shape (K, n), n at most `PIECE`. Its memory is used again for the next piece:
+        it may be overwritten, and what should last must be copied. (On an accelerator, where small
+        pieces would be slow, a piece is a whole tensor.)
+        """
+        for place, _, taus in self._pieces():
+            yield place, taus
+
     def gram(self) -> Tensor:
         r"""The K x K matrix :math:`G_{ij} = \langle\tau_i, \tau_j\rangle`, in float64, from one pass."""
         gram: Tensor | None = None
-        for _, _, taus in self.layers():
-            products = inner_products(taus.flatten(1))
+        for _, taus in self.pieces():
+            products = inner_products(taus)
             gram = products if gram is None else gram + products
         if gram is None:
             raise ValueError("these models have no floating-point tensors, so no task vectors.")
@@ -124,7 +148,7 @@ class TaskVectors:
 
     def flat(self) -> Tensor:
         """All task vectors as the rows of one (K, d) matrix, in the order of `layers`."""
-        return torch.cat([taus.flatten(1) for _, _, taus in self.layers()], dim=1)
+        return torch.cat([taus.clone() for _, taus in self.pieces()], dim=1)
 
     # ---------------------------------------------------------------- building merged models
 
@@ -141,9 +165,24 @@ class TaskVectors:
         Raises:
             ValueError: `f` returned another shape.
         """
-        return self._collect(self._merged(f))
+        return self._collect(self._merged(lambda name: self._merge_tensor(f, name)))
 
-    def _merged(self, f: TauFunction) -> Iterator[tuple[str, Tensor]]:
+    def map_pieces(self, f: PieceFunction) -> StateDict:
+        r"""`map` for methods that treat every weight by itself: f sees one piece after another.
+
+        Args:
+            f: takes a `Place` and a piece of the task vectors (K, n); returns the merged piece (n,). It
+                may overwrite the piece it was given.
+
+        Returns:
+            As `map`.
+
+        Raises:
+            ValueError: `f` returned another shape.
+        """
+        return self._collect(self._merged(lambda name: self._merge_pieces(f, name)))
+
+    def _merged(self, merge: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         done: StateDict = {}  # only tensors with a second name are remembered
         shared = {first for name, first in self._tied_to.items() if first != name}
         for name in self.base:
@@ -152,21 +191,26 @@ class TaskVectors:
                 yield name, done[first]
                 continue
             original = self.base[name]
-            if original.is_floating_point():
-                theta0 = _for_computing(original)
-                delta = f(name, self._taus(name, theta0))
-                if delta.shape != original.shape:
-                    raise ValueError(
-                        f"the merge of '{name}' has shape {tuple(delta.shape)}; expected {tuple(original.shape)}."
-                    )
-                merged = (theta0 + delta).to(original.dtype)
-                del delta, theta0
-            else:
-                merged = original.clone()
+            merged = merge(name).to(original.dtype) if original.is_floating_point() else original.clone()
             if name in shared:
                 done[name] = merged
             yield name, merged
             del merged, original  # before the next tensors are read: two large ones never stand side by side
+
+    def _merge_tensor(self, f: TauFunction, name: str) -> Tensor:
+        theta0 = _for_computing(self.base[name])
+        delta = f(name, self._taus(name, theta0))
+        _check_shape(name, delta, theta0.shape)
+        return theta0 + delta
+
+    def _merge_pieces(self, f: PieceFunction, name: str) -> Tensor:
+        base = self.base[name]
+        merged = base.new_empty(base.shape, dtype=_computing_dtype(base))
+        for place, theta0, taus in self._pieces([name]):
+            delta = f(place, taus)
+            _check_shape(name, delta, theta0.shape)
+            torch.add(theta0, delta, out=merged.view(-1)[place.start : place.start + len(theta0)])
+        return merged
 
     def add(self, vector: Tensor) -> StateDict:
         r"""The state dict :math:`\theta_0 + v` for one flat vector v of length d, laid out as in `flat`.
@@ -179,7 +223,7 @@ class TaskVectors:
         names = list(self._float_names())
         parts = vector.split([self.base[name].numel() for name in names])
         lookup = dict(zip(names, parts, strict=True))
-        return self.map(lambda name, taus: lookup[name].view(taus.shape[1:]))
+        return self.map_pieces(lambda place, taus: lookup[place.name][place.start :][: taus.shape[1]])
 
     # ---------------------------------------------------------------- arithmetic
 
@@ -193,10 +237,21 @@ class TaskVectors:
                 overwrite the ``taus`` it was given.
             names: the names of the K' new task vectors; by default the old ones.
         """
-        return self._derived(functions=(*self._functions, f), names=list(names or self.names))
+        return self._derived(functions=(*self._functions, (f, False)), names=list(names or self.names))
+
+    def transform_pieces(self, f: PieceFunction, names: Sequence[str] | None = None) -> TaskVectors:
+        """`transform` for what treats every weight by itself: trimming, masking, scaling, ...
+
+        Args:
+            f: takes a `Place` and a piece of the task vectors (K, n); returns (K', n). It may overwrite the
+                piece it was given. The pieces are the same in every pass, so a random `f` is pure if it
+                seeds its generator by the place.
+            names: the names of the K' new task vectors; by default the old ones.
+        """
+        return self._derived(functions=(*self._functions, (f, True)), names=list(names or self.names))
 
     def __mul__(self, scale: float) -> TaskVectors:
-        return self.transform(lambda _, taus: taus.mul_(scale))
+        return self.transform_pieces(lambda _, taus: taus.mul_(scale))
 
     __rmul__ = __mul__
 
@@ -214,7 +269,7 @@ class TaskVectors:
             raise ValueError("a subset needs at least one task vector.")
         names = [self.names[i] for i in index]
         if self._functions:  # they may mix experts, so they must see all of them first
-            return self.transform(lambda _, taus: taus[index], names)
+            return self.transform_pieces(lambda _, taus: taus[index], names)
         return self._derived(experts=[self._experts[i] for i in index], names=names)
 
     def __getitem__(self, item: int | str | slice) -> TaskVectors:
@@ -228,23 +283,53 @@ class TaskVectors:
 
     def _taus(self, name: str, theta0: Tensor) -> Tensor:
         """The stacked task vectors of one tensor, checked and transformed."""
-        taus = theta0.new_empty((len(self._experts), *theta0.shape))
-        for tau, expert, expert_name in zip(taus, self._experts, self._expert_names(), strict=True):
-            weights = expert[name]
-            if weights.shape != theta0.shape:
-                raise ValueError(
-                    f"'{name}' has shape {tuple(weights.shape)} in {expert_name} but {tuple(theta0.shape)} in the "
-                    "base: these models do not have the same architecture."
-                )
-            torch.sub(weights.detach().to(theta0), theta0, out=tau)
+        experts = (self._weights(name, k, theta0) for k in range(len(self._experts)))
+        taus = self._subtract(name, theta0, experts, out=theta0.new_empty((len(self._experts), *theta0.shape)))
+        for f, by_pieces in self._functions:
+            taus = _in_pieces(f, name, taus) if by_pieces else f(name, taus)
+        return taus
+
+    def _pieces(self, names: Iterable[str] | None = None) -> Iterator[tuple[Place, Tensor, Tensor]]:
+        """Yield ``(place, theta0, taus)``, of shapes (n,) and (K, n), checked and transformed."""
+        transformed_whole = not all(by_pieces for _, by_pieces in self._functions)
+        room: Tensor | None = None  # the memory of one piece, used for all of them
+        for name in self._float_names() if names is None else names:
+            theta0 = _for_computing(self.base[name])
+            if transformed_whole:
+                taus = self._taus(name, theta0).flatten(1)
+                for place, piece in _places(name, theta0):
+                    yield place, theta0.flatten()[piece], taus[:, piece]
+                continue
+            experts = [self._weights(name, k, theta0).flatten() for k in range(len(self._experts))]
+            if room is None or room.dtype != theta0.dtype or room.shape[1] < _size(theta0):
+                room = theta0.new_empty((len(experts), _size(theta0)))
+            for place, piece in _places(name, theta0):
+                part = theta0.flatten()[piece]
+                taus = self._subtract(name, part, [expert[piece] for expert in experts], out=room[:, : len(part)])
+                for f, _ in self._functions:
+                    taus = f(place, taus)
+                yield place, part, taus
+
+    def _weights(self, name: str, k: int, theta0: Tensor) -> Tensor:
+        """One tensor of expert k, which must have the base's shape."""
+        weights = self._experts[k][name]
+        if weights.shape != theta0.shape:
+            raise ValueError(
+                f"'{name}' has shape {tuple(weights.shape)} in {self._expert_names()[k]} but {tuple(theta0.shape)} in "
+                "the base: these models do not have the same architecture."
+            )
+        return weights.detach()
+
+    def _subtract(self, name: str, theta0: Tensor, experts: Iterable[Tensor], out: Tensor) -> Tensor:
+        """Write the task vectors of (a piece of) a tensor into `out`; all weights must be finite."""
+        for tau, weights in zip(out, experts, strict=True):
+            torch.sub(weights.to(theta0), theta0, out=tau)
         # One sum finds NaN and infinity without a temporary of taus' size; on overflow, look again.
-        if not torch.isfinite(taus.sum()) and not (finite := torch.isfinite(taus)).all():
-            bad = next(k for k in range(len(taus)) if not finite[k].all())
+        if not torch.isfinite(out.sum()) and not (finite := torch.isfinite(out)).all():
+            bad = next(k for k in range(len(out)) if not finite[k].all())
             where = self._expert_names()[bad] if torch.isfinite(theta0).all() else "the base"
             raise ValueError(f"'{name}' holds NaN or infinite weights in {where}: its training diverged?")
-        for f in self._functions:
-            taus = f(name, taus)
-        return taus
+        return out
 
     def _expert_names(self) -> list[str]:
         """Names for error messages: those of the sources, which `transform` may have renamed."""
@@ -267,7 +352,7 @@ class TaskVectors:
         self,
         *,
         experts: list[Mapping[str, Tensor]] | None = None,
-        functions: tuple[TauFunction, ...] | None = None,
+        functions: tuple[tuple[Callable[[Any, Tensor], Tensor], bool], ...] | None = None,
         names: list[str] | None = None,
         collect: Collector | None = None,
     ) -> TaskVectors:
@@ -337,6 +422,29 @@ def _common_ties(base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tens
     return ties
 
 
+def _check_shape(name: str, delta: Tensor, shape: torch.Size) -> None:
+    if delta.shape != shape:
+        raise ValueError(f"the merge of '{name}' has shape {tuple(delta.shape)}; expected {tuple(shape)}.")
+
+
+def _size(theta0: Tensor) -> int:
+    """How many weights there are in a piece."""
+    return PIECE if theta0.device.type == "cpu" else max(1, theta0.numel())
+
+
+def _places(name: str, theta0: Tensor) -> Iterator[tuple[Place, slice]]:
+    """The pieces of a tensor, and where they lie in the flattened tensor."""
+    for start in range(0, theta0.numel(), _size(theta0)):
+        yield Place(name, start), slice(start, start + _size(theta0))
+
+
+def _in_pieces(f: PieceFunction, name: str, taus: Tensor) -> Tensor:
+    """A function of pieces applied to a whole tensor (K, *shape): (K', *shape)."""
+    flat = taus.flatten(1)
+    done = [f(place, flat[:, piece]) for place, piece in _places(name, taus[0])]
+    return torch.cat(done, dim=1).view(-1, *taus.shape[1:]) if done else taus
+
+
 def inner_products(vectors: Tensor) -> Tensor:
     """The inner products of K vectors (K, d): K x K, in float64, exactly symmetric."""
     chunks = (float64(chunk) for chunk in vectors.split(GRAM_CHUNK, dim=1))
@@ -353,4 +461,8 @@ def _for_computing(tensor: Tensor) -> Tensor:
     """float64 as it is, everything else in float32: half precision is too coarse to subtract in."""
     if tensor.is_complex():
         raise TypeError("complex weights cannot be merged; merging is defined for real weights.")
-    return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
+    return tensor.detach().to(_computing_dtype(tensor))
+
+
+def _computing_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -273,3 +273,69 @@ def test_unknown_task_vectors_are_named(tv):
 def test_models_without_weights():
     with pytest.raises(ValueError, match="no floating-point tensors"):
         mkl.TaskVectors({"n": torch.tensor(1)}, [{"n": torch.tensor(2)}]).gram()
+
+
+# ---------------------------------------------------------------- pieces
+
+
+LONG = 150_000  # more than two pieces
+
+
+def long_vectors(dtype=torch.float32):
+    base = {"a": torch.randn(3, generator=torch.Generator().manual_seed(0)), "empty": torch.zeros(0, 4)}
+    base |= {"b": torch.randn(3, LONG // 3, generator=torch.Generator().manual_seed(1))}
+    base = {name: tensor.to(dtype) for name, tensor in base.items()}
+    return mkl.TaskVectors(base, [{n: (t * (k + 2)).to(dtype) for n, t in base.items()} for k in range(2)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_pieces_are_the_task_vectors_cut_up(dtype):
+    tv = long_vectors(dtype)
+    whole = torch.cat([taus.flatten(1) for _, _, taus in tv.layers()], dim=1)
+    places, parts = zip(*((place, taus.clone()) for place, taus in tv.pieces()), strict=True)
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    assert torch.equal(tv.flat(), whole)
+    assert [place.name for place in places] == ["a", "b", "b", "b"]
+    assert [place.start for place in places[1:]] == [0, 65_536, 131_072]
+    merged, expected = tv.map_pieces(lambda place, taus: taus.sum(0)), tv.map(lambda name, taus: taus.sum(0))
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    assert all(merged[name].dtype == dtype for name in expected)
+
+
+def test_functions_of_pieces_and_of_tensors_mix():
+    tv = long_vectors()
+
+    def by_place(place, taus):  # depends on where a piece begins: pieces must be the same in every pass
+        return taus.mul_(1 + place.start % 7)
+
+    mixed = tv.transform_pieces(by_place).transform(lambda name, taus: taus.flip(-1)).transform_pieces(by_place)
+    piecewise = mixed.flat()
+    assert torch.equal(torch.cat([taus.flatten(1) for _, _, taus in mixed.layers()], dim=1), piecewise)
+    by_pieces, whole = mixed.map_pieces(lambda place, taus: taus[1]), mixed.map(lambda name, taus: taus[1])
+    assert all(torch.equal(by_pieces[name], whole[name]) for name in whole)
+    expected = torch.cat([(t - b).flatten() for t, b in zip(by_pieces.values(), tv.base.values(), strict=True)])
+    torch.testing.assert_close(piecewise[1], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_subset_of_pieces_keeps_the_others_out():
+    tv = long_vectors().transform_pieces(lambda place, taus: taus - taus.mean(0))
+    assert torch.equal(tv[1].flat(), tv.flat()[1:])
+    assert tv.subset([1, 0]).names == ["expert 1", "expert 0"]
+
+
+def test_pieces_say_what_is_wrong():
+    tv = long_vectors()
+    with pytest.raises(ValueError, match="merge of 'a' has shape"):
+        tv.map_pieces(lambda place, taus: taus)
+    broken = {name: tensor.clone() for name, tensor in tv.base.items()}
+    broken["b"][2, -1] = torch.nan
+    with pytest.raises(ValueError, match="'b' holds NaN or infinite weights in expert 1"):
+        mkl.TaskVectors(tv.base, [dict(tv.base), broken]).gram()
+
+
+def test_pieces_of_mapped_files_check_the_shape(tmp_path):
+    mkl.save({"w": torch.zeros(2, 3)}, tmp_path / "base.safetensors")
+    mkl.save({"w": torch.zeros(3, 2)}, tmp_path / "other.safetensors")
+    tv = mkl.TaskVectors(tmp_path / "base.safetensors", [tmp_path / "other.safetensors"])
+    with pytest.raises(ValueError, match="same architecture"):
+        mkl.average(tv)

@@ -48,7 +48,7 @@ def linear_interpolation(tv: TaskVectors, *, t: float = 0.5) -> StateDict:
     """
     _check(tv, t)
     weights = torch.tensor([t] if len(tv) == 1 else [1 - t, t])
-    return tv.map(lambda name, taus: torch.tensordot(weights.to(taus), taus, dims=1))
+    return tv.map_pieces(lambda place, taus: weights.to(taus) @ taus)
 
 
 @method(
@@ -85,7 +85,7 @@ def slerp(tv: TaskVectors, *, t: float = 0.5) -> StateDict:
     if omega < SMALLEST_ANGLE:
         return linear_interpolation(tv, t=t)
     weights = torch.stack([((1 - t) * omega).sin(), (t * omega).sin()]) / omega.sin()
-    return tv.map(lambda name, taus: torch.tensordot(weights.to(taus), taus, dims=1))
+    return tv.map_pieces(lambda place, taus: weights.to(taus) @ taus)
 
 
 def _check(tv: TaskVectors, t: float) -> None:

@@ -45,7 +45,7 @@ def task_arithmetic(tv: TaskVectors, *, scale: float | Sequence[float] = 0.3) ->
         raise ValueError(f"expected one scale or {len(tv)} (one per task), got {scales.numel()}.")
     if not torch.isfinite(scales).all():
         raise ValueError(f"scale must be finite, got {scale}.")
-    return tv.map(lambda name, taus: torch.tensordot(scales.to(taus), taus, dims=1))
+    return tv.map_pieces(lambda place, taus: scales.to(taus) @ taus)
 
 
 @method(name="Task negation", paper=_PAPER, arxiv="2212.04089", year=2023, need=Need.WEIGHTS)
