@@ -15,6 +15,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from memory import measured
@@ -33,13 +34,16 @@ def write_checkpoint(path: Path, seed: int, layers: int) -> None:
     mkl.save(state, path)
 
 
-def run(method: str, folder: Path, experts: int, results: multiprocessing.Queue) -> None:
+def run(
+    method: str, folder: Path, experts: int, results: multiprocessing.Queue, hyperparameters: dict[str, Any]
+) -> None:
     torch.set_num_threads(1)
     inputs = [folder / f"{i}.safetensors" for i in range(experts + 1)]
     mkl.merge_files(mkl.average, inputs[0], inputs[1:2], folder / "warm.safetensors")
     os.sync()  # what was written before is not our time
     merge = getattr(mkl, method)
-    _, seconds, memory = measured(lambda: mkl.merge_files(merge, inputs[0], inputs[1:], folder / "out.safetensors"))
+    out = folder / "out.safetensors"
+    _, seconds, memory = measured(lambda: mkl.merge_files(merge, inputs[0], inputs[1:], out, **hyperparameters))
     results.put((memory, seconds))
 
 
@@ -75,7 +79,7 @@ def main() -> None:
         print(f"{options.experts + 1} files, {total / 1e9:.2f} GB; largest tensor {largest / 1e6:.0f} MB")
         for method in ("average", "task_arithmetic"):
             results: multiprocessing.Queue = context.Queue()
-            process = context.Process(target=run, args=(method, folder, options.experts, results))
+            process = context.Process(target=run, args=(method, folder, options.experts, results, {}))
             process.start()
             memory, seconds = results.get()
             process.join()

@@ -217,6 +217,7 @@ def merge_files(
     Raises:
         CheckpointError: a file is missing or damaged, or `out` is one of the inputs.
         KeyError, ValueError: the checkpoints do not fit together; the message names the tensor.
+        TypeError: the method does not return one state dict of this architecture.
     """
     from mergekit_lite.task_vectors import TaskVectors
 
@@ -236,6 +237,11 @@ def merge_files(
         tv: TaskVectors = TaskVectors(base_file, sources[1:])._with_collector(stream.write)
         merged = method(tv, **hyperparameters)
         if merged is not stream.result:  # a method that built its own dict instead of calling tv.map
+            if set(merged) != set(base_file):
+                raise TypeError(
+                    f"{recipe['merged_with']} does not return the base's tensors but {', '.join(list(merged)[:3])}. "
+                    "A method with a model for each task makes no single file; save each of its models."
+                )
             stream.write(merged.items())
     return out
 

@@ -35,16 +35,17 @@ def grams(tv: TaskVectors, granularity: str = "layer", *, where: Where | None = 
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}; got '{granularity}'.")
     found: dict[str, Tensor] = {}
-    for name, theta0, taus in tv.layers():
-        if where is not None and not where(name, theta0):
-            continue
-        if granularity == "row":
-            rows = float64(rows_of(taus)).transpose(0, 1)
-            found[name] = rows @ rows.transpose(1, 2)
-        else:
-            key = "whole" if granularity == "whole" else name
-            products = inner_products(taus.flatten(1))
-            found[key] = found[key] + products if key in found else products
+    if granularity == "row":
+        for name, theta0, taus in tv.layers():
+            if where is None or where(name, theta0):
+                rows = float64(rows_of(taus)).transpose(0, 1)
+                found[name] = rows @ rows.transpose(1, 2)
+    else:
+        for place, taus in tv.pieces():
+            if where is None or where(place.name, tv.base[place.name]):
+                key = "whole" if granularity == "whole" else place.name
+                products = inner_products(taus)
+                found[key] = found[key] + products if key in found else products
     if not found:
         raise ValueError("no tensor to measure: `where` refused all of them.")
     return found
@@ -90,8 +91,8 @@ def sign_conflicts(tv: TaskVectors) -> Tensor:
     For entries that are jointly Gaussian with the correlation ρ it is arccos(ρ) / π, so 1/2 by chance.
     """
     opposite = both = torch.zeros(len(tv), len(tv), dtype=torch.float64)
-    for _, _, taus in tv.layers():
-        signs = taus.flatten(1).sign()
+    for _, taus in tv.pieces():
+        signs = taus.sign()
         agreement, changed = inner_products(signs).cpu(), inner_products(signs.abs()).cpu()
         opposite, both = opposite + (changed - agreement) / 2, both + changed
     return opposite / both

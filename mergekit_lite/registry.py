@@ -26,7 +26,11 @@ class Need(Enum):
 
 @dataclass(frozen=True)
 class Method:
-    """A merging method: its function and where it comes from."""
+    """A merging method: its function and where it comes from.
+
+    Most methods return one state dict for all tasks; those with `per_task` return one for each task, so that whoever
+    uses them must know the task of every input.
+    """
 
     function: Callable[..., Any]
     name: str
@@ -34,11 +38,17 @@ class Method:
     arxiv: str
     year: int
     need: Need
+    per_task: bool = False
 
     @property
     def call(self) -> str:
         """How the function is called: ``mkl.ties``."""
         return f"mkl.{self.function.__name__}"
+
+    @property
+    def needs(self) -> str:
+        """What the method needs, in words: to merge, and to use the merge."""
+        return self.need.value + ("; to use it, the task of each input" if self.per_task else "")
 
     @property
     def url(self) -> str:
@@ -54,7 +64,9 @@ class Method:
 _METHODS: dict[str, Method] = {}
 
 
-def method(*, name: str, paper: str, arxiv: str = "", year: int, need: Need) -> Callable[[F], F]:
+def method(
+    *, name: str, paper: str, arxiv: str = "", year: int, need: Need, per_task: bool = False
+) -> Callable[[F], F]:
     """Decorator that records a merging method; the function itself stays as it was.
 
     Args:
@@ -63,6 +75,7 @@ def method(*, name: str, paper: str, arxiv: str = "", year: int, need: Need) -> 
         arxiv: the paper's arXiv number, if it has one.
         year: the year of the first publication.
         need: what the method needs beyond the weights.
+        per_task: it returns a state dict for each task instead of one for all.
 
     Raises:
         ValueError: a method of this function name is recorded already.
@@ -73,7 +86,7 @@ def method(*, name: str, paper: str, arxiv: str = "", year: int, need: Need) -> 
         # Running a notebook cell again, or reloading a module, defines the same function again.
         if known is not None and known.function.__module__ != function.__module__:
             raise ValueError(f"'{function.__name__}' is already registered by {known.function.__module__}.")
-        _METHODS[function.__name__] = Method(function, name, paper, arxiv, year, need)
+        _METHODS[function.__name__] = Method(function, name, paper, arxiv, year, need, per_task)
         return function
 
     return record
@@ -91,5 +104,5 @@ def methods_table() -> str:
     rows = ["| call | method | needs | paper |", "|---|---|---|---|"]
     for m in methods().values():
         paper = f"[{m.paper}]({m.url})" if m.url else m.paper
-        rows.append(f"| `{m.call}` | {m.name} | {m.need.value} | {paper}, {m.year} |")
+        rows.append(f"| `{m.call}` | {m.name} | {m.needs} | {paper}, {m.year} |")
     return "\n".join(rows)

@@ -11,12 +11,20 @@ def test_every_exported_method_is_recorded_with_its_source():
         assert getattr(mkl, name) is method.function
         assert method.summary
         assert 1900 < method.year < 2100
-        assert method.url.startswith("https://arxiv.org/abs/") or name == "slerp"
+        assert method.url.startswith("https://arxiv.org/abs/") or name in ("slerp", "karcher")
 
 
 def test_methods_can_be_asked_for_by_need():
     assert set(mkl.methods(mkl.Need.WEIGHTS)) == set(mkl.methods())
     assert mkl.methods(mkl.Need.ADAPTERS) == {}
+
+
+def test_methods_with_a_model_per_task_say_so(tv):
+    per_task = {name for name, method in mkl.methods().items() if method.per_task}
+    assert per_task == {"emr", "tall_masks"}
+    for name in per_task:
+        assert isinstance(getattr(mkl, name)(tv), mkl.TaskConditioned)
+    assert "| `mkl.emr` | EMR-Merging | weights only; to use it, the task of each input |" in mkl.methods_table()
 
 
 def test_a_method_of_ones_own_can_be_recorded_and_recorded_again(monkeypatch):

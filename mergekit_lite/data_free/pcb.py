@@ -16,7 +16,8 @@ the merged task vector is the score-weighted mean of the task vectors (rescale),
 
 As in the first of the authors' releases, magnitudes are clipped to their quantiles
 [q, 1 - q] and survivors keep their rescaled score rather than a hard 0/1 mask. Four releases exist
-that are not the same method; this is the form of the paper.
+that are not the same method; this is the form of the paper. Every quantile is an exact entry of the
+whole task vector (`mergekit_lite.selection`), found without holding it in memory.
 """
 
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
 from mergekit_lite.registry import Need, method
-from mergekit_lite.task_vectors import TaskVectors
+from mergekit_lite.selection import kth_smallest, magnitudes, rank_of
+from mergekit_lite.task_vectors import Place, TaskVectors
 
 
 @method(
@@ -55,32 +57,34 @@ def pcb(tv: TaskVectors, *, density: float = 0.1, scale: float = 1.0, clip: floa
         raise ValueError(f"clip is a quantile in [0, 0.5), got {clip}.")
     if not torch.isfinite(torch.tensor(scale)):
         raise ValueError(f"scale must be finite, got {scale}.")
-    taus = tv.flat()
-    magnitudes = torch.clamp(taus.abs(), _quantile(taus.abs(), clip), _quantile(taus.abs(), 1 - clip))
-    scores = survivors(balance(taus, magnitudes), density)
-    merged = (scores * taus.sign() * magnitudes).sum(0) / scores.sum(0).clamp(min=1e-12)
-    return tv.add(scale * merged)
+    d = tv.dimension
+    ranks = [rank_of(clip, d), rank_of(1 - clip, d)]
+    sizes = kth_smallest(magnitudes(tv), ranks).unsqueeze(-1)  # smallest and largest: (2, K, 1)
+
+    def clipped(taus: Tensor) -> Tensor:
+        return taus.abs().clamp_(*sizes.to(taus))
+
+    def score(place: Place, taus: Tensor) -> Tensor:
+        return balance(taus, unit_range(clipped(taus), *sizes.to(taus)))
+
+    cuts = kth_smallest(tv.transform_pieces(score), [rank_of(1 - density, d), d]).unsqueeze(-1)
+
+    def merge(place: Place, taus: Tensor) -> Tensor:
+        cut, top = cuts.to(taus)
+        scores = unit_range(score(place, taus).clamp_(min=cut), cut, top)  # what is below the cut scores 0
+        weighted = (scores * taus.sign() * clipped(taus)).sum(0)
+        return scale * weighted / scores.sum(0).clamp_(min=1e-12)
+
+    return tv.map_pieces(merge)
 
 
-def balance(taus: Tensor, magnitudes: Tensor) -> Tensor:
-    """Intra- times inter-balancing, for the rows of (K, d)."""
-    intra = torch.exp(len(taus) * unit_range(magnitudes) ** 2)
+def balance(taus: Tensor, sizes: Tensor) -> Tensor:
+    """Intra- times inter-balancing of K task vectors (K, n), whose magnitudes, mapped to [0, 1], are `sizes`."""
+    intra = torch.exp(len(taus) * sizes**2)
     inter = torch.tanh(taus * taus.sum(0))
     return intra * inter
 
 
-def survivors(scores: Tensor, density: float) -> Tensor:
-    """Cut each row's scores at their (1 - density) quantile and map what is left to [0, 1]."""
-    return unit_range(torch.maximum(scores, _quantile(scores, 1 - density)))
-
-
-def unit_range(rows: Tensor) -> Tensor:
-    """Map each row's range to [0, 1]; a constant row (a zero task vector) to 0 instead of NaN."""
-    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+def unit_range(rows: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Map the range from low to high (K, 1) to [0, 1]; a constant row (a zero task vector) to 0 instead of NaN."""
     return (rows - low) / torch.where(high > low, high - low, 1.0)
-
-
-def _quantile(rows: Tensor, q: float) -> Tensor:
-    """The q-quantile of each row, shape (K, 1); torch.quantile refuses rows of more than 16 M entries."""
-    d = rows.shape[1]
-    return rows.kthvalue(min(d, max(1, round(q * d))), dim=1, keepdim=True).values

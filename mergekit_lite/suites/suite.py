@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,10 @@ from mergekit_lite.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# One set of weights for all tasks (the base's, if None), and one for each task.
+Weights = Mapping[str, Tensor] | nn.Module | None
+WeightsByTask = Mapping[str, StateDict]
 
 # Images evaluated at a time; more of them are no faster and need more memory.
 EVALUATION_BATCH = 50
@@ -85,6 +89,10 @@ def compare(evaluations: Mapping[str, Evaluation]) -> pd.DataFrame:
         for name, evaluation in evaluations.items()
     }
     return pd.DataFrame.from_dict(rows, orient="index").dropna(axis="columns", how="all")
+
+
+def _is_by_task(state: Weights | WeightsByTask) -> TypeGuard[WeightsByTask]:
+    return isinstance(state, Mapping) and isinstance(next(iter(state.values()), None), Mapping)
 
 
 @dataclass
@@ -173,47 +181,50 @@ class Suite:
 
     def evaluate(
         self,
-        state: Mapping[str, Tensor] | nn.Module | None = None,
+        state: Weights | WeightsByTask = None,
         *,
         split: str = "test",
         tasks: Iterable[str] | None = None,
     ) -> Evaluation:
-        """Accuracy of one set of weights on the tasks.
+        """Accuracy of one set of weights on the tasks, or of one for each task.
 
         Args:
-            state: a state dict such as a merge returns, or a module; the base by default.
+            state: a state dict such as a merge returns, or a module; the base by default. A mapping from task names
+                to state dicts (`experts`, a `TaskConditioned` merge) answers every task with its own weights: it is
+                told which task an image belongs to.
             split: ``"validation"`` to choose anything by, ``"test"`` to report.
             tasks: names of tasks, held-out ones too; by default those that are merged.
 
         Raises:
             RuntimeError: the state dict does not fit the backbone.
-            KeyError: there is no such task.
+            KeyError: there is no such task, or `state` has weights for other tasks only.
             ValueError: there is no such split.
         """
-        model, accuracy = self._as_module(state), {}
-        for name in self.tasks if tasks is None else tasks:
+        accuracy = {}
+        for name, model in self._models(state, self.tasks if tasks is None else tasks):
             images = self.task(name).split(split)
             accuracy[name] = (self.predict(model, name, split=split) == images.labels).float().mean().item()
         return Evaluation(accuracy, self.recorded.get(split, {}).get("experts", {}), split)
 
-    def predict(self, state: Mapping[str, Tensor] | nn.Module | None, task: str, *, split: str = "test") -> Tensor:
+    def predict(self, state: Weights | WeightsByTask, task: str, *, split: str = "test") -> Tensor:
         """The class that one set of weights predicts for every image of a task's split, shape (N,), on the CPU.
 
         Raises:
             As `evaluate`.
         """
-        return self.logits(self._as_module(state), task, self.task(task).split(split)).argmax(1).cpu()
+        ((_, model),) = self._models(state, [task])
+        return self.logits(model, task, self.task(task).split(split)).argmax(1).cpu()
 
     def losses(
         self,
-        state: Mapping[str, Tensor] | nn.Module | None = None,
+        state: Weights | WeightsByTask = None,
         *,
         split: str = "validation",
         tasks: Iterable[str] | None = None,
     ) -> dict[str, float]:
         """Mean cross-entropy (in nats) per task; arguments and errors are those of `evaluate`."""
-        model, losses = self._as_module(state), {}
-        for name in self.tasks if tasks is None else tasks:
+        losses = {}
+        for name, model in self._models(state, self.tasks if tasks is None else tasks):
             images = self.task(name).split(split)
             logits = self.logits(model, name, images)
             losses[name] = F.cross_entropy(logits, images.labels.to(logits.device)).item()
@@ -221,7 +232,7 @@ class Suite:
 
     def gradient(
         self,
-        state: Mapping[str, Tensor] | nn.Module | None,
+        state: Weights | WeightsByTask,
         task: str,
         *,
         split: str = "validation",
@@ -238,7 +249,8 @@ class Suite:
         Raises:
             As `evaluate`.
         """
-        model, images = self._as_module(state), self.task(task).split(split)
+        ((_, model),) = self._models(state, [task])
+        images = self.task(task).split(split)
         keep_freed_memory()
         with one_thread(), torch.enable_grad():
             for batch in images.batches(EVALUATION_BATCH):
@@ -247,7 +259,19 @@ class Suite:
                 part.backward()  # gradients add up over the batches
         return {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
 
-    def _as_module(self, state: Mapping[str, Tensor] | nn.Module | None) -> nn.Module:
+    def _models(self, state: Weights | WeightsByTask, tasks: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+        """Each task and the network that answers it, to be used before the next one is asked for."""
+        if _is_by_task(state):
+            for task in tasks:
+                self.task(task)  # says if there is no such task at all
+                if task not in state:
+                    raise KeyError(f"no weights for the task '{task}'; there are some for {', '.join(state)}.")
+                yield task, self._as_module(state[task])
+        else:
+            model = self._as_module(cast("Weights", state))
+            yield from ((task, model) for task in tasks)
+
+    def _as_module(self, state: Weights) -> nn.Module:
         """The network with these weights, in inference mode: linearised, if the suite's experts were trained so."""
         if isinstance(state, nn.Module):
             return state.eval()
@@ -264,11 +288,11 @@ class Suite:
 
     def evaluate_experts(self, *, split: str = "test") -> Evaluation:
         """Each expert on its own task: the ceiling that merges are measured against."""
-        accuracy = {t: self.evaluate(e, split=split, tasks=[t])[t] for t, e in self.experts.items()}
+        accuracy = self.evaluate(self.experts, split=split, tasks=self.experts).accuracy
         return Evaluation(accuracy, accuracy, split)
 
-    def compare(self, merges: Mapping[str, Mapping[str, Tensor]], *, split: str = "test") -> pd.DataFrame:
-        """Evaluate several merges and show them as one table, a row each."""
+    def compare(self, merges: Mapping[str, Weights | WeightsByTask], *, split: str = "test") -> pd.DataFrame:
+        """Evaluate several merges, each as in `evaluate`, and show them as one table, a row each."""
         return compare({name: self.evaluate(state, split=split) for name, state in merges.items()})
 
     def task(self, name: str) -> Task:

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 import mergekit_lite as mkl
 from tests.test_task_vectors import vectors
 
-METHODS = [mkl.average, mkl.task_arithmetic, mkl.ties, mkl.pcb, mkl.tsv]
+# All methods for any number of experts that need nothing but the weights and end in one state dict.
+OTHERS = {"slerp", "linear_interpolation", "negation", "analogy"}
+METHODS = [
+    method.function
+    for name, method in mkl.methods(mkl.Need.WEIGHTS).items()
+    if name not in OTHERS and not method.per_task
+]
 
 
 def flat(state):
@@ -71,10 +77,9 @@ def test_scale_zero_is_the_base(base, tv):
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf])
-def test_scales_must_be_finite(tv, scale):
-    for method in (mkl.task_arithmetic, mkl.ties, mkl.pcb, mkl.tsv):
-        with pytest.raises(ValueError, match="finite"):
-            method(tv, scale=scale)
+def test_task_arithmetic_wants_a_finite_scale(tv, scale):
+    with pytest.raises(ValueError, match="finite"):
+        mkl.task_arithmetic(tv, scale=scale)
 
 
 def test_one_scale_or_k(tv):
@@ -142,6 +147,8 @@ def test_inputs_are_not_changed(method, base, experts, tv):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_order_of_the_experts_does_not_matter(method, tv):
+    if method in (mkl.dare, mkl.della):
+        pytest.skip("random masks are drawn in the order of the experts")
     torch.testing.assert_close(flat(method(tv)), flat(method(tv.subset([2, 0, 1]))), rtol=1e-4, atol=1e-5)
 
 
@@ -149,3 +156,45 @@ def test_the_order_of_the_experts_does_not_matter(method, tv):
 def test_zero_task_vectors_give_the_base(method, base):
     merged = method(mkl.TaskVectors(base, [base, base]))
     torch.testing.assert_close(flat(merged), flat(base.state_dict()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_expert_merges_to_something_finite(method, tv):
+    assert torch.isfinite(flat(method(tv[0]))).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files_are_merged_as_models_are(method, tv, tmp_path):
+    """Through mapped files, tensor by tensor, to the same weights."""
+    mkl.save(tv.base, tmp_path / "base.safetensors")
+    paths = [tmp_path / f"{k}.safetensors" for k in range(len(tv))]
+    for expert, path in zip(tv, paths, strict=True):
+        mkl.save(mkl.task_arithmetic(expert, scale=1.0), path)
+    merged = mkl.load(mkl.merge_files(method, tmp_path / "base.safetensors", paths, tmp_path / "out.safetensors"))
+    expected = method(mkl.TaskVectors(tv.base, [mkl.load(path) for path in paths]))
+    assert set(merged) == set(expected)
+    for name, tensor in expected.items():  # sums over a file's tensors run in another order
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-7)
+    assert all(merged[name].dtype == tv.base[name].dtype for name in expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_double_precision_is_kept(method, tv):
+    """In float64 the result is the one in float32, up to the latter's rounding, and finer."""
+    double = mkl.TaskVectors(
+        {n: t.double() if t.is_floating_point() else t for n, t in tv.base.items()},
+        [
+            {n: t.double() if t.is_floating_point() else t for n, t in mkl.task_arithmetic(expert, scale=1.0).items()}
+            for expert in tv
+        ],
+    )
+    merged = method(double)
+    assert all(t.dtype == torch.float64 for t in merged.values() if t.is_floating_point())
+    torch.testing.assert_close(flat(method(tv)), flat(merged), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [mkl.ties, mkl.pcb, mkl.tsv, mkl.dare, mkl.breadcrumbs, mkl.della, mkl.wudi])
+def test_a_scale_must_be_finite(method, tv):
+    for scale in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite"):
+            method(tv, scale=scale)

@@ -245,3 +245,38 @@ def test_a_suite_cut_down_is_a_part_of_it(folders):
         suite.cut(3, tasks=["four"])
     with pytest.raises(ValueError, match="at least one image"):
         suite.cut(0)
+
+
+# ---------------------------------------------------------------- a model for each task
+
+
+def test_each_task_is_answered_by_its_own_weights(small):
+    small.finetune(progress=False)
+    experts = dict(small.evaluate_experts())
+    assert dict(small.evaluate(small.experts)) == experts
+    assert experts == {task: small.evaluate(expert, tasks=[task])[task] for task, expert in small.experts.items()}
+    assert torch.equal(small.predict(small.experts, "two"), small.predict(small.experts["two"], "two"))
+    assert small.losses(small.experts)["two"] == small.losses(small.experts["two"])["two"]
+    ours, alone = (small.gradient(state, "two") for state in (small.experts, small.experts["two"]))
+    assert all(torch.equal(ours[name], alone[name]) for name in alone)
+    swapped = {"three": small.experts["two"], "two": small.experts["three"]}
+    assert small.losses(swapped) == {t: small.losses(swapped[t], tasks=[t])[t] for t in swapped}
+    assert small.losses(swapped) != small.losses(small.experts)
+
+
+def test_a_merge_per_task_is_evaluated_and_compared(small):
+    small.finetune(progress=False)
+    merged = mkl.emr(small.task_vectors)
+    evaluation = small.evaluate(merged, split="validation")
+    assert dict(evaluation) == {t: small.evaluate(merged[t], split="validation", tasks=[t])[t] for t in merged}
+    table = small.compare({"EMR": merged, "average": mkl.average(small.task_vectors)}, split="validation")
+    assert table.loc["EMR", "average"] == pytest.approx(evaluation.average)
+
+
+def test_weights_for_other_tasks_are_not_enough(small):
+    small.finetune(progress=False)
+    with pytest.raises(KeyError, match="no weights for the task 'two'; there are some for three"):
+        small.evaluate({"three": small.experts["three"]})
+    assert set(small.evaluate({"three": small.experts["three"]}, tasks=["three"])) == {"three"}
+    with pytest.raises(KeyError, match="no task named 'four'"):
+        small.evaluate(small.experts, tasks=["four"])
