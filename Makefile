@@ -1,15 +1,18 @@
 # make book   run every chapter and build the site
 # make test   check everything: style, types, tests, and every chapter's outputs
+# make parity compare the methods with mergekit and fusion-bench
 # make lab    open the first chapter in JupyterLab
 # make course write the chapters for students and for instructors: course/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The packages that the methods are compared with have an environment of their own.
+PARITY := .venv-parity
 JOBS ?= 2
 # Chapters are committed without progress bars; one thread is fastest for small models.
 RUN := TQDM_DISABLE=1 OMP_NUM_THREADS=1 PYDEVD_DISABLE_FILE_VALIDATION=1
 
-.PHONY: book test nbval lab course lint chapters study trials benchmark readme clean help
+.PHONY: book test nbval parity lab course lint chapters study trials benchmark benchmark-peers readme clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -27,6 +30,9 @@ nbval: $(VENV)/.ready
 	$(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval --nbval-current-env \
 		--nbval-sanitize-with tools/nbval_sanitize.cfg -p no:warnings notebooks
 
+parity: $(PARITY)/.ready
+	$(RUN) $(PARITY)/bin/python -m pytest tests/parity
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,13 +49,15 @@ course: $(VENV)/.ready
 chapters: $(VENV)/.ready
 	$(RUN) $(BIN)/python tools/run_chapters.py
 
-# The tables of figures: the suite, its variants, edits and orthogonality (an hour and a half); what was tried (an hour).
+# The tables of figures: the suite, its variants, edits, orthogonality, all methods (two hours); what was tried (an hour).
 study: $(VENV)/.ready
 	$(BIN)/python -m mergekit_lite.lab.study figures
 	$(BIN)/python -m mergekit_lite.lab.study variants
 	$(BIN)/python -m mergekit_lite.lab.study analogies
 	$(BIN)/python -m mergekit_lite.lab.study edits
 	$(BIN)/python -m mergekit_lite.lab.study orthogonality
+	$(BIN)/python -m mergekit_lite.lab.study signs
+	$(BIN)/python -m mergekit_lite.lab.study data-free
 
 trials: $(VENV)/.ready
 	$(BIN)/python -m mergekit_lite.lab.study trials
@@ -57,6 +65,11 @@ trials: $(VENV)/.ready
 benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/merge_files.py
 	$(BIN)/python benchmarks/disentangle.py
+	$(BIN)/python benchmarks/vit.py
+
+# The same, beside mergekit and fusion-bench.
+benchmark-peers: $(VENV)/.ready $(PARITY)/.ready
+	$(BIN)/python benchmarks/vit.py --peers $(PARITY)/bin/python
 
 # Rewrite what is made from the registry: the README's table and the book's method index.
 readme: $(VENV)/.ready
@@ -66,5 +79,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt tools/setup_env.py
 	@$(PYTHON) tools/setup_env.py $(VENV)
 	@touch $@
 
+$(PARITY)/.ready: constraints.txt tests/parity/constraints.txt tools/setup_env.py
+	@$(PYTHON) tools/setup_env.py $(PARITY) --constraint tests/parity/constraints.txt fusion-bench mergekit pytest
+	@touch $@
+
 clean:
-	rm -rf $(VENV) book/_build build dist *.egg-info
+	rm -rf $(VENV) $(PARITY) book/_build build dist *.egg-info

@@ -24,19 +24,9 @@ from tqdm import tqdm
 import mergekit_lite as mkl
 
 EXPERTS = 8
-FAST = [
-    "average",
-    "task_arithmetic",
-    "model_stock",
-    "dare",
-    "ties",
-    "pcb",
-    "consensus",
-    "breadcrumbs",
-    "metagpt",
-    "awd",
-]
-SLOW = ["breadcrumbs", "della", "tsv", "iso_c", "wudi"]  # sorting or factorising every matrix takes minutes: measured once
+FAST = ["average", "task_arithmetic", "model_stock", "dare", "ties", "pcb", "consensus", "metagpt", "awd"]
+# Sorting or factorising every matrix takes minutes, so these are measured once.
+SLOW = ["breadcrumbs", "della", "tsv", "iso_c", "wudi"]
 METHODS = FAST + SLOW
 HYPERPARAMETERS = {"wudi": {"solver": "exact"}}  # Adam's 300 steps would take half an hour on one core
 PEERS = {
@@ -115,7 +105,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="the Python that has mergekit and fusion-bench")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", default=METHODS)
-    parser.add_argument("--out", type=Path, default=Path("book/tables/merge-benchmark.csv"))
+    parser.add_argument("--out", type=Path, default=Path("mergekit_lite/lab/tables/merge-benchmark.csv"))
     options = parser.parse_args()
     jobs = [("mergekit_lite", method) for method in options.methods]
     if options.peers:

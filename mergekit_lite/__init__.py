@@ -14,39 +14,9 @@ Importing the package needs torch alone; timm, pandas, matplotlib and ipywidgets
 
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lite import data_free
 from mergekit_lite.checkpoints import CheckpointError, load, merge_files, save
-from mergekit_lite.data_free import (
-    TaskConditioned,
-    analogy,
-    average,
-    awd,
-    breadcrumbs,
-    consensus,
-    dare,
-    della,
-    disentangle,
-    drop_and_rescale,
-    emr,
-    iso_c,
-    iso_cts,
-    karcher,
-    linear_interpolation,
-    lines,
-    magprune,
-    metagpt,
-    model_stock,
-    negation,
-    pcb,
-    scale_by_depth,
-    slerp,
-    tall_masks,
-    task_arithmetic,
-    ties,
-    trim,
-    trim_tails,
-    tsv,
-    wudi,
-)
+from mergekit_lite.data_free import *  # noqa: F403  (all methods; each stands in data_free.__all__)
 from mergekit_lite.registry import Method, Need, method, methods, methods_table
 from mergekit_lite.task_vectors import TaskVectors
 
@@ -61,45 +31,16 @@ __all__ = [
     "Need",
     "Recipe",
     "Suite",
-    "TaskConditioned",
     "TaskVectors",
-    "analogy",
-    "average",
-    "awd",
-    "breadcrumbs",
-    "consensus",
-    "dare",
-    "della",
-    "disentangle",
-    "drop_and_rescale",
-    "emr",
-    "iso_c",
-    "iso_cts",
-    "karcher",
-    "linear_interpolation",
-    "lines",
     "load",
     "load_suite",
-    "magprune",
     "merge_files",
-    "metagpt",
     "method",
     "methods",
     "methods_table",
-    "model_stock",
-    "negation",
-    "pcb",
     "save",
-    "scale_by_depth",
-    "slerp",
-    "tall_masks",
-    "task_arithmetic",
-    "ties",
-    "trim",
-    "trim_tails",
-    "tsv",
-    "wudi",
 ]
+__all__ += data_free.__all__
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
-"""Make the virtual environment that `make book`, `make test` and `make lab` run in.
+"""Make a virtual environment: `setup_env.py FOLDER [WHAT PIP SHALL INSTALL ...]`.
 
+By default the one that `make book`, `make test` and `make lab` run in: this package with all its extras.
 Run by any Python 3, even one that is too old, so that it can say what is missing.
 """
 
@@ -12,6 +13,7 @@ import sys
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NEEDED = (3, 11)
+THIS_PACKAGE = ("--editable", ".[book,test]")
 
 
 def stop(message):
@@ -55,7 +57,7 @@ def wants_cpu_torch():
     return sys.platform == "linux" and (choice == "cpu" or (choice == "auto" and not gpu))
 
 
-def main(folder):
+def main(folder, *wanted):
     check_python()
     if not os.path.exists("constraints.txt"):
         stop("run it in the repository's root, where constraints.txt is.")
@@ -65,18 +67,18 @@ def main(folder):
     pip += ["--constraint", "constraints.txt"]
     if wants_cpu_torch():
         # A version that ends in +cpu exists as a CPU build only, wherever pip may look: CUDA can't slip in.
-        wanted = [pinned("torch") + "+cpu", pinned("torchvision")]
+        cpu_build = [pinned("torch") + "+cpu"] + ([] if wanted else [pinned("torchvision")])
         index = ["--extra-index-url", os.environ.get("TORCH_INDEX", CPU_INDEX), "--retries", "1"]
-        if subprocess.run([*pip, "--quiet", *index, *wanted]).returncode:
+        if subprocess.run([*pip, "--quiet", *index, *cpu_build]).returncode:
             stop(
                 "the CPU build of torch ({}) was not found at {}.\n"
                 "Check the network, or accept the default build (several GB with CUDA): make TORCH=default book".format(
-                    wanted[0], index[1]
+                    cpu_build[0], index[1]
                 )
             )
-    if subprocess.run([*pip, "--editable", ".[book,test]"]).returncode:
+    if subprocess.run([*pip, *(wanted or THIS_PACKAGE)]).returncode:
         stop("pip failed; its message is above.")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else ".venv")
+    main(*(sys.argv[1:] or [".venv"]))

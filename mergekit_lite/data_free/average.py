@@ -40,7 +40,7 @@ def average(tv: TaskVectors, *, weights: Sequence[float] | None = None) -> State
     Raises:
         ValueError: not K weights, a negative or non-finite one, or all zero.
     """
-    w = torch.ones(len(tv)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+    w = torch.as_tensor([1.0] * len(tv) if weights is None else weights, dtype=torch.float64)
     if w.shape != (len(tv),):
         raise ValueError(f"expected {len(tv)} weights, one per expert, got {w.numel()}.")
     if not torch.isfinite(w).all() or (w < 0).any() or w.sum() == 0:

@@ -47,7 +47,7 @@ def linear_interpolation(tv: TaskVectors, *, t: float = 0.5) -> StateDict:
         ValueError: more than two task vectors, or t is not finite.
     """
     _check(tv, t)
-    weights = torch.tensor([t] if len(tv) == 1 else [1 - t, t])
+    weights = torch.tensor([t] if len(tv) == 1 else [1 - t, t], dtype=torch.float64)
     return tv.map_pieces(lambda place, taus: weights.to(taus) @ taus)
 
 

@@ -36,9 +36,9 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
-from mergekit_lite.geometry import GRANULARITIES, normalise, rows_of
+from mergekit_lite.geometry import grams, normalise, rows_of
 from mergekit_lite.registry import Need, method
-from mergekit_lite.task_vectors import TaskVectors, float64, inner_products
+from mergekit_lite.task_vectors import TaskVectors
 
 
 @method(
@@ -64,18 +64,16 @@ def model_stock(tv: TaskVectors, *, granularity: str = "layer", clip: bool = Tru
         ValueError: another granularity; or, without `clip`, task vectors that cancel each other, so that t is not
             defined.
     """
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}; got '{granularity}'.")
-    whole = ratio(tv.gram(), clip) if granularity == "whole" else None
+    ratios = {name: ratio(gram, clip) for name, gram in grams(tv, granularity).items()}
+    if granularity != "row":
+        whole = ratios.get("whole")
+        return tv.map_pieces(
+            lambda place, taus: (ratios[place.name] if whole is None else whole).to(taus) * taus.mean(0)
+        )
 
     def merge(name: str, taus: Tensor) -> Tensor:
-        mean = taus.mean(0)
-        if granularity == "row":
-            rows = float64(rows_of(taus)).transpose(0, 1)  # (rows, K, columns)
-            t = ratio(rows @ rows.transpose(1, 2), clip).to(taus)
-            return (t.unsqueeze(1) * rows_of(mean[None])[0]).view(mean.shape)
-        t = ratio(inner_products(taus.reshape(len(taus), -1)), clip) if whole is None else whole
-        return t.to(taus) * mean
+        t = ratios[name].to(taus).unsqueeze(1)  # (rows, 1)
+        return (t * rows_of(taus).mean(0)).view(taus.shape[1:])
 
     return tv.map(merge)
 

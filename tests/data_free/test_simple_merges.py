@@ -190,6 +190,9 @@ def test_double_precision_is_kept(method, tv):
     )
     merged = method(double)
     assert all(t.dtype == torch.float64 for t in merged.values() if t.is_floating_point())
+    if method is mkl.average:
+        expected = torch.stack([flat(expert) for expert in double._experts]).mean(0)
+        torch.testing.assert_close(flat(merged), expected, rtol=1e-14, atol=1e-15)
     torch.testing.assert_close(flat(method(tv)), flat(merged), rtol=1e-3, atol=1e-4)
 
 
