@@ -15,7 +15,9 @@ from mergekit_lite.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 # Okabe and Ito's palette: its colours differ in brightness too, so they survive colour blindness and print.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00", "#000000")
@@ -271,6 +273,287 @@ def plot_disentangled(
     right.legend(fontsize=8, frameon=False)
     for axis in (middle, right):
         axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_election(
+    before: Tensor,
+    trimmed: Tensor,
+    elected: Tensor,
+    merged: Mapping[str, Tensor],
+    names: Sequence[str],
+    *,
+    bars: Mapping[str, float] | None = None,
+    title: str = "",
+) -> Figure:
+    """TIES on a block of a weight matrix, entry by entry: red is above zero, blue below, white is zero.
+
+    Args:
+        before: K task vectors (K, rows, columns).
+        trimmed: the same after trimming.
+        elected: the sign of every entry, (rows, columns).
+        merged: results to compare, (rows, columns) each, by title; drawn with the colours of `before`.
+        names: of the K tasks.
+        bars: numbers between 0 and 1 to draw beside the results, such as accuracies.
+        title: of the figure.
+    """
+    import matplotlib.pyplot as plt
+
+    limit = float(before.abs().max()) or 1.0
+    tasks = len(before)
+    figure = plt.figure(figsize=(11, 5.6), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(2, 1.45))[:, 0]
+    panels = above.subplots(2, tasks, squeeze=False)
+    for row, block, word in zip(panels, (before, trimmed), ("task vector", "trimmed"), strict=True):
+        for axis, values, name in zip(row, block, names, strict=True):
+            _draw_block(axis, values, limit)
+            axis.set_title(name if word == "task vector" else "", fontsize=8)
+        row[0].set_ylabel(word, fontsize=8)
+    last = below.subplots(1, len(merged) + 1 + bool(bars), squeeze=False, width_ratios=_widths(merged, bars))[0]
+    _draw_block(last[0], elected, 1.0)
+    last[0].set_title("elected sign", fontsize=8)
+    for axis, (name, values) in zip(last[1:], merged.items(), strict=False):
+        image = _draw_block(axis, values, limit)
+        axis.set_title(name, fontsize=8)
+    figure.colorbar(image, ax=list(last[: len(merged) + 1]), shrink=0.8, label="entry")
+    if bars:
+        last[-1].barh(list(bars), list(bars.values()), color=COLOURS[0])
+        last[-1].set(xlim=(0, 1), xlabel="accuracy")
+        last[-1].invert_yaxis()
+        last[-1].tick_params(labelsize=8)
+        for i, value in enumerate(bars.values()):
+            last[-1].text(value + 0.02, i, f"{value:.2f}", va="center", fontsize=8)
+        last[-1].spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _widths(merged: Mapping[str, Tensor], bars: Mapping[str, float] | None) -> list[float]:
+    return [1.0] * (len(merged) + 1) + ([1.6] if bars else [])
+
+
+def _draw_block(axis: Axes, values: Tensor, limit: float) -> AxesImage:
+    axis.set_xticks([])
+    axis.set_yticks([])
+    return axis.imshow(values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+
+
+def plot_competition(entries: Tensor, shares: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
+    """Where two task vectors pull each entry, coloured by who decides the merged entry.
+
+    Args:
+        entries: of two task vectors, (2, n).
+        shares: task 1's share of the weights with which the two are averaged, (n,) in [0, 1], by the title of a
+            panel; NaN where neither counts, which is drawn in grey.
+        names: of the two tasks.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap
+
+    size = (4.1 * len(shares) + 1, 4.2)
+    figure, axes = plt.subplots(1, len(shares), figsize=size, squeeze=False, layout="constrained")
+    limit = float(entries.abs().max()) * 1.05
+    colours = LinearSegmentedColormap.from_list("shares", [COLOURS[0], COLOURS[4], COLOURS[1]])
+    x, y = entries.numpy()
+    for axis, (title, share) in zip(axes.flat, shares.items(), strict=True):
+        decided = (~share.isnan()).numpy()
+        axis.scatter(x[~decided], y[~decided], s=4, color="#BBBBBB", linewidths=0)
+        drawn = axis.scatter(
+            x[decided], y[decided], s=6, c=share.numpy()[decided], cmap=colours, vmin=0, vmax=1, linewidths=0
+        )
+        axis.axhline(0, color="black", lw=0.5)
+        axis.axvline(0, color="black", lw=0.5)
+        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel=f"entry of {names[0]}", ylabel=f"entry of {names[1]}")
+    figure.colorbar(drawn, ax=axes, label=f"share of {names[0]} in the merged entry", shrink=0.85)
+    return figure
+
+
+def plot_ranking(table: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> Figure:
+    """Methods as rows of dots with their spread: hollow as published, filled with hyperparameters chosen.
+
+    Args:
+        table: a row per method, drawn from the bottom up, with columns ``default``, ``default spread``, ``tuned`` and
+            ``tuned spread``.
+        groups: the methods by group; each group has its colour and marker. What is in no group is not drawn.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+
+    shown = [name for name in table.index if any(name in members for members in groups.values())]
+    figure, axis = plt.subplots(figsize=(7.8, 0.27 * len(shown) + 1.3), layout="constrained")
+    legend = []
+    for i, (group, members) in enumerate(groups.items()):
+        colour, marker = COLOURS[i % 8], "osD^vP*X"[i % 8]
+        rows = [name for name in shown if name in members]
+        heights = [shown.index(name) for name in rows]
+        found = table.loc[rows]
+        axis.hlines(heights, found["default"], found["tuned"], color=colour, lw=1, alpha=0.35)
+        for column, face in (("default", "white"), ("tuned", colour)):
+            axis.errorbar(
+                found[column], heights, xerr=found[f"{column} spread"], fmt=marker, ms=6, lw=1.2, color=colour, mfc=face
+            )
+        legend.append(Line2D([], [], marker=marker, ls="", color=colour, label=group))
+    for face, label in (("white", "as published"), ("black", "tuned")):
+        legend.append(Line2D([], [], marker="o", ls="", color="black", mfc=face, label=label))
+    axis.set_yticks(range(len(shown)), shown, fontsize=8)
+    axis.grid(axis="x", lw=0.4)
+    axis.set_xlabel("accuracy")
+    axis.legend(handles=legend, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_named_points(
+    points: Mapping[str, Mapping[str, tuple[float, float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    curve: tuple[str, Sequence[float], Sequence[float]] | None = None,
+) -> Figure:
+    """Points in a plane with a name beside each, in groups of one colour and marker.
+
+    Args:
+        points: the horizontal and the vertical position by name, by group.
+        xlabel: of the horizontal axis.
+        ylabel: of the vertical axis.
+        curve: a name for the legend and the positions of a line to compare the points with.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.8, 4.8))
+    if curve is not None:
+        axis.plot(list(curve[1]), list(curve[2]), color="gray", lw=1.5, zorder=0, label=curve[0])
+    for i, (group, members) in enumerate(points.items()):
+        x, y = zip(*members.values(), strict=True)
+        axis.plot(x, y, "osD^vP*X"[i % 8], ms=6, color=COLOURS[i % 8], label=group)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.margins(0.12)
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    _name_points(axis, {name: at for members in points.values() for name, at in members.items()})
+    return figure
+
+
+# Where a name may stand beside its point, in points to the right and up, the nearest places first.
+NAME_PLACES = (
+    *((7, -3), (-7, -3), (0, 8), (0, -14), (7, 9), (-7, 9), (7, -15), (-7, -15)),
+    *((-14, 26), (14, 26), (14, -34), (-14, -34), (0, 44), (0, -50)),
+)
+
+
+def _name_points(axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write each name where it covers no point and no other name; to those farther away leads a thin line."""
+    from matplotlib.transforms import Bbox
+
+    figure = axis.get_figure()
+    assert figure is not None
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axis.transData.transform(list(points.values()))]
+    for name, at in points.items():
+        for right, up in NAME_PLACES:
+            side = "left" if right > 0 else "right" if right < 0 else "center"
+            text = axis.annotate(name, at, (right, up), textcoords="offset points", fontsize=8, ha=side)
+            box = text.get_window_extent(renderer)
+            if not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        else:
+            text = axis.annotate(name, at, NAME_PLACES[0], textcoords="offset points", fontsize=8)
+            box = text.get_window_extent(renderer)
+        taken.append(box)
+        if abs(up) > 20:
+            end = (box.x0 if right > 0 else box.x1, box.y0 if up > 0 else box.y1)
+            x, y = zip(at, axis.transData.inverted().transform(end), strict=True)
+            axis.plot(x, y, color="gray", lw=0.6, zorder=0)
+
+
+def plot_table(
+    table: pd.DataFrame, *, label: str, limits: tuple[float, float] | None = None, around_zero: bool = False
+) -> Figure:
+    """A table as a heat map, each number written into its field.
+
+    Args:
+        table: numbers, with the names of rows and columns.
+        label: what the numbers mean.
+        limits: the values of the first and the last colour; by default the smallest and the largest there are.
+        around_zero: red above zero, blue below, white at zero; else from dark to bright.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    values = table.to_numpy(dtype=float)
+    largest = float(abs(values).max())
+    low, high = limits or ((-largest, largest) if around_zero else (float(values.min()), float(values.max())))
+    size = (0.43 * table.shape[1] + 2.6, 0.27 * table.shape[0] + 1.5)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    image = axis.imshow(values, cmap="RdBu_r" if around_zero else "cividis", vmin=low, vmax=high, aspect="auto")
+    axis.set_xticks(range(table.shape[1]), [str(name) for name in table.columns], rotation=45, ha="right", fontsize=8)
+    axis.set_yticks(range(table.shape[0]), [str(name) for name in table.index], fontsize=8)
+    for (i, j), value in np.ndenumerate(values):
+        place = (value - low) / ((high - low) or 1.0)
+        dark = abs(place - 0.5) > 0.32 if around_zero else place < 0.55
+        written = f"{value:.2f}".replace("-0.00", "0.00").replace("0.", ".")
+        axis.text(j, i, written, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    figure.colorbar(image, ax=axis, label=label, shrink=0.85)
+    return figure
+
+
+def plot_spectra(
+    spectra: Mapping[str, Tensor],
+    *,
+    xlabel: str = "singular value, from the largest",
+    ylabel: str = "size",
+    log: bool = True,
+) -> Figure:
+    """Falling numbers as lines, each with its own colour and dash: singular values, eigenvalues, shares.
+
+    Args:
+        spectra: (n,) by the name to show in the legend.
+        xlabel: of the horizontal axis.
+        ylabel: of the vertical axis.
+        log: make the vertical axis logarithmic.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.5, 3.6))
+    for i, (name, values) in enumerate(spectra.items()):
+        axis.plot(
+            range(1, len(values) + 1), values, lw=2, ls=("-", "--", ":", "-.")[i % 4], color=COLOURS[i % 8], label=name
+        )
+    if log:
+        axis.set_yscale("log")
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
+def plot_directions(panels: Mapping[str, Mapping[str, Tensor]]) -> Figure:
+    """Directions in the plane as arrows from one point, panels side by side, with the circle of length one.
+
+    Args:
+        panels: by title: vectors (2,) by the name to write at their tips.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Circle
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.5), squeeze=False, layout="constrained")
+    for axis, (title, vectors) in zip(axes.flat, panels.items(), strict=True):
+        axis.add_patch(Circle((0, 0), 1, fill=False, color="lightgray"))
+        for i, (name, (x, y)) in enumerate((name, vector.tolist()) for name, vector in vectors.items()):
+            arrow = {"arrowstyle": "-|>", "color": COLOURS[i % 8], "lw": 2, "shrinkA": 0, "shrinkB": 0}
+            axis.annotate("", (x, y), (0, 0), arrowprops=arrow)
+            length = (x**2 + y**2) ** 0.5
+            place = (x + 0.17 * x / length, y + 0.17 * y / length)
+            axis.text(*place, name, ha="center", va="center", fontsize=10, color=COLOURS[i % 8])
+        axis.set_title(title, fontsize=10)
+        axis.set(xlim=(-0.75, 1.4), ylim=(-0.45, 1.25), aspect="equal")
+        axis.axis("off")
     return figure
 
 

@@ -28,6 +28,8 @@ from mergekit_lite.geometry import largest_cosine
 from mergekit_lite.lab.orthogonality import TABLES as SHIPPED
 from mergekit_lite.lab.orthogonality import measure as measure_orthogonality
 from mergekit_lite.lab.ranking import measure as measure_all
+from mergekit_lite.lab.signs import measure_experts
+from mergekit_lite.lab.signs import measure_merges as measure_signs
 from mergekit_lite.lab.sweeps import best, sweep
 from mergekit_lite.suites.build import build, build_variant
 from mergekit_lite.suites.finetune import finetune
@@ -204,20 +206,30 @@ def _without_examples(suite: Suite, changed: StateDict, target: str) -> dict[str
     }
 
 
+def _each_seed(
+    work: Path, name: str, measured: Callable[[Suite], tuple[pd.DataFrame, pd.DataFrame]]
+) -> tuple[dict[int, pd.DataFrame], dict[int, pd.DataFrame]]:
+    """A table and curves for each of three seeds; what lies in `work` is not measured again."""
+    import pandas as pd
+
+    tables, curves = {}, {}
+    for seed in (0, 1, 2):
+        paths = [work / f"{name}-{what}{seed}.csv" for what in ("table", "curves")]
+        if not all(path.exists() for path in paths):
+            work.mkdir(parents=True, exist_ok=True)
+            for path, frame in zip(paths, measured(load_suite(seed=seed, device="cpu")), strict=True):
+                with atomic_path(path) as temporary:
+                    frame.to_csv(temporary, index=False)
+        tables[seed], curves[seed] = (pd.read_csv(path) for path in paths)
+    return tables, curves
+
+
 @app.command()
 def orthogonality(work: Path = Path("suites"), out: Path = SHIPPED) -> None:
     """AWD, MetaGPT and the best scales there are, three seeds each (40 minutes; goes on in `work`)."""
     import pandas as pd
 
-    tables, curves = {}, {}
-    for seed in (0, 1, 2):
-        paths = [work / f"orthogonality-{what}{seed}.csv" for what in ("table", "curves")]
-        if not all(path.exists() for path in paths):
-            work.mkdir(parents=True, exist_ok=True)
-            for path, measured in zip(paths, measure_orthogonality(load_suite(seed=seed, device="cpu")), strict=True):
-                with atomic_path(path) as temporary:
-                    measured.to_csv(temporary, index=False)
-        tables[seed], curves[seed] = (pd.read_csv(path) for path in paths)
+    tables, curves = _each_seed(work, "orthogonality", measure_orthogonality)
     by_method = pd.concat(tables).groupby("method", sort=False)
     table = by_method.mean()
     table.insert(table.columns.get_loc("test") + 1, "spread", by_method["test"].std())
@@ -240,6 +252,21 @@ def data_free(work: Path = Path("suites"), out: Path = SHIPPED) -> None:
                 measure_all(load_suite(seed=seed, device="cpu")).to_csv(temporary, index=False)
         tables.append(pd.read_csv(path).assign(seed=seed))
     _write(pd.concat(tables).set_index("method"), out / "data-free.csv", "method")
+
+
+@app.command()
+def signs(work: Path = Path("suites"), out: Path = SHIPPED) -> None:
+    """TIES step by step, DARE and their relatives, three seeds each (20 minutes; goes on in `work`)."""
+    import pandas as pd
+
+    tables, curves = _each_seed(work, "signs", measure_signs)
+    by_merge = pd.concat(tables).groupby("merge", sort=False)
+    by_seed = {f"seed {seed}": table.set_index("merge")["test"] for seed, table in tables.items()}
+    table = by_merge.mean().assign(spread=by_merge["test"].std(), **by_seed)
+    _write(table, out / "signs.csv", "merge")
+    curve = pd.concat(curves).groupby(["merge", "distance"], sort=False).mean().reset_index(level="distance")
+    _write(curve, out / "signs-curves.csv", "merge")
+    _write(measure_experts(load_suite("pocket8", device="cpu")), out / "signs-experts.csv", "kept")
 
 
 @app.command()

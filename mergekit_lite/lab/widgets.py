@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mergekit_lite.data_free import disentangle, task_arithmetic
+from mergekit_lite.data_free import disentangle, task_arithmetic, ties, trim
+from mergekit_lite.data_free.ties import disjoint_merge, elect
+from mergekit_lite.data_free.tsv import singular_triples
 from mergekit_lite.geometry import cosines as angles
-from mergekit_lite.geometry import slopes, turned
-from mergekit_lite.lab.plots import plot_curves, plot_disentangled, plot_merges
+from mergekit_lite.geometry import rows_of, slopes, turned
+from mergekit_lite.lab.plots import plot_curves, plot_disentangled, plot_election, plot_merges, plot_spectra
+from mergekit_lite.lab.spectra import flattened, matrices, reshaped
 from mergekit_lite.suites.suite import Evaluation, Suite
+from mergekit_lite.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -164,6 +168,71 @@ def explore_disentangling(suite: Suite, *, split: str = "validation") -> Any:
     )
 
 
+def election_at(
+    suite: Suite,
+    name: str,
+    *,
+    density: float = 0.2,
+    scale: float = 1.0,
+    block: tuple[int, int] = (16, 16),
+    split: str = "validation",
+) -> Figure:
+    """TIES on the upper left corner of one weight matrix, and what the whole merge is worth.
+
+    Args:
+        suite: with experts.
+        name: of a tensor with two axes or more; a convolution's kernel has a row per output.
+        density: the share of entries that is kept.
+        scale: of the merge.
+        block: rows and columns to show.
+        split: the images to evaluate on.
+    """
+    tv = suite.task_vectors
+    trimmed = trim(tv, density)
+
+    def corner(vectors: TaskVectors) -> Tensor:
+        """A block of each task vector, (K, rows, columns)."""
+        return next(rows_of(taus) for layer, _, taus in vectors.layers() if layer == name)[:, : block[0], : block[1]]
+
+    before, after = corner(tv), corner(trimmed)
+    elected = elect(after)
+    merge = scale * disjoint_merge(after, elected)
+    evaluation = suite.evaluate(ties(tv, density=density, scale=scale), split=split)
+    figure = plot_election(
+        before,
+        after,
+        elected,
+        {f"TIES, λ = {scale:g}": merge, "average": before.mean(0)},
+        [task.replace("_", "\n") for task in tv.names],
+        bars={**evaluation, "average": evaluation.average},
+        title=f"{name}, density {density:g}",
+    )
+    figure.set_label(
+        f"density {density:.2f}, λ = {scale:.2f}: average accuracy {evaluation.average:.3f} on {split} images; in this "
+        f"block {(after != 0).double().mean():.2f} of the entries kept, {(merge == 0).double().mean():.2f} of the "
+        "merged ones 0"
+    )
+    return figure
+
+
+def explore_election(suite: Suite, name: str, *, split: str = "validation") -> Any:
+    """Two sliders: the density at which TIES trims, and λ; watch a block of one layer and the accuracies.
+
+    Args:
+        suite: with experts.
+        name: of a tensor with two axes or more.
+        split: the images to evaluate on.
+
+    Returns:
+        An ipywidgets container: two sliders and the figure drawn by `election_at`.
+    """
+    return _explorer(
+        lambda density, scale: election_at(suite, name, density=density, scale=scale, split=split),
+        density=_slider("density", 0.2, (0.05, 1.0)),
+        scale=_slider("scale λ", 1.0, (0.05, 2.5)),
+    )
+
+
 def lengths_at(suite: Suite, powers: Iterable[float], *, total: float = 1.0, split: str = "validation") -> Figure:
     r"""Merges with :math:`\lambda_k \propto \|\tau_k\|^p`, as bars: p = 0 is the average, p = 2 MetaGPT.
 
@@ -197,6 +266,62 @@ def explore_lengths(suite: Suite, *, split: str = "validation") -> Any:
         lambda power, total: lengths_at(suite, [power], total=total, split=split),
         power=_slider("power p", 2.0, (-4.0, 8.0)),
         total=_slider("sum of λ", 1.0, (0.0, 4.0)),
+    )
+
+
+def spectrum_at(
+    suite: Suite,
+    layer: str,
+    settings: Iterable[tuple[float, float]],
+    *,
+    kept: float = 1.0,
+    split: str = "validation",
+) -> Figure:
+    r"""The singular values of one merged matrix between task arithmetic and Iso-C, and the accuracy of the merges.
+
+    Args:
+        suite: with experts.
+        layer: the name of the matrix to draw; all matrices are merged so.
+        settings: pairs (t, λ): singular values :math:`\lambda\, \sigma_i^{1-t} \bar\sigma^t`, t = 0 task arithmetic
+            and t = 1 Iso-C.
+        kept: the share of triples of the sum that are kept, from the largest; at least one.
+        split: the images to evaluate on.
+    """
+    spectra, words = {}, []
+    sigma = singular_triples(matrices(suite.task_vectors)[layer].sum(0))[1]
+    for t, scale in settings:
+
+        def change(sigma: Tensor, t: float = t) -> Tensor:
+            changed = flattened(t)(sigma)
+            changed[max(1, round(kept * len(sigma))) :] = 0
+            return changed
+
+        accuracy = suite.evaluate(reshaped(suite.task_vectors, change, scale=scale), split=split).average
+        name = f"t = {t:.2f}, λ = {scale:.2f}: accuracy {accuracy:.2f}"
+        spectra[name] = (scale * change(sigma)).cpu()
+        words.append(f"t = {t:.2f}, λ = {scale:.2f}, {kept:.0%} of the triples: accuracy {accuracy:.3f}")
+    figure = plot_spectra(spectra, ylabel="singular value of the merge", log=False)
+    figure.axes[0].set_title(layer, fontsize=10)
+    figure.set_label("\n".join(words))
+    return figure
+
+
+def explore_spectrum(suite: Suite, layer: str, *, split: str = "validation") -> Any:
+    """Three sliders: how flat the spectrum of the merge is made, how many triples are kept, and λ.
+
+    Args:
+        suite: with experts.
+        layer: the name of the matrix to draw.
+        split: the images to evaluate on.
+
+    Returns:
+        An ipywidgets container: sliders and the figure drawn by `spectrum_at`.
+    """
+    return _explorer(
+        lambda flat, kept, scale: spectrum_at(suite, layer, [(flat, scale)], kept=kept, split=split),
+        flat=_slider("flatness t", 0.5, (0.0, 1.0)),
+        kept=_slider("triples kept", 1.0, (0.0, 1.0)),
+        scale=_slider("scale λ", 0.4, (0.0, 2.0)),
     )
 
 
@@ -259,6 +384,59 @@ def explore_pair(
         lambda first, second: pairs_at(suite, tasks, [(first, second)], split=split),
         first=_slider(f"λ {tasks[0]}", 0.5, span),
         second=_slider(f"λ {tasks[1]}", 0.5, span),
+    )
+
+
+def mixed_at(
+    suite: Suite,
+    merges: Mapping[str, Mapping[str, Tensor]],
+    first: str,
+    second: str,
+    shares: Iterable[float],
+    *,
+    split: str = "validation",
+) -> Figure:
+    r"""Merges of merges: :math:`(1 - t)` of one and t of another, as bars.
+
+    Args:
+        suite: with experts.
+        merges: state dicts by name.
+        first: the name of one.
+        second: the name of the other.
+        shares: values of t; at 0 is the first merge, at 1 the second.
+        split: the images to evaluate on.
+    """
+    both = TaskVectors(suite.base, {"first": merges[first], "second": merges[second]})
+    ends = {0.0: first, 1.0: second}
+    return _bars(
+        {
+            ends.get(t, f"{1 - t:g} {first} + {t:g} {second}"): suite.evaluate(
+                task_arithmetic(both, scale=[1 - t, t]), split=split
+            )
+            for t in shares
+        }
+    )
+
+
+def explore_mixing(suite: Suite, merges: Mapping[str, Mapping[str, Tensor]], *, split: str = "validation") -> Any:
+    """Two menus of merges and a slider: the straight line from one merge to the other.
+
+    Args:
+        suite: with experts.
+        merges: state dicts by name, at least two.
+        split: the images to evaluate on.
+
+    Returns:
+        An ipywidgets container: two menus, a slider and the figure drawn by `mixed_at` for both ends and the mixture.
+    """
+    import ipywidgets as widgets
+
+    names = list(merges)
+    return _explorer(
+        lambda first, second, share: mixed_at(suite, merges, first, second, sorted({0.0, share, 1.0}), split=split),
+        first=widgets.Dropdown(options=names, value=names[0], description="from"),
+        second=widgets.Dropdown(options=names, value=names[-1], description="to"),
+        share=_slider("share of it", 0.5, (0.0, 1.0)),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 
 import mergekit_lite as mkl
 from mergekit_lite.data_free.awd_solvers import objective
+from mergekit_lite.data_free.tsv import is_matrix
 from mergekit_lite.geometry import cosines, rows_of, slopes
 from mergekit_lite.lab import check
 from mergekit_lite.lab.exercises import Verdict, checking, exercise, exercises, part1, part2
@@ -92,6 +93,85 @@ def shortened(change):
         return tv.map(merge)
 
     return method
+
+
+def by_ranks(factor=6, rank=lambda x: np.argsort(np.argsort(x))):
+    """Spearman's rank correlation, and ways to get it wrong."""
+
+    def correlation(a, b):
+        squared = np.square(rank(a) - rank(b)).sum()
+        return 1 - factor * squared / (len(a) * (len(a) ** 2 - 1))
+
+    return correlation
+
+
+def t_value(differences, ddof=1):
+    return np.mean(differences) / np.std(differences, ddof=ddof) * len(differences) ** 0.5
+
+
+def capped(tv):
+    """The sum of the task vectors, no singular value of a matrix larger than their mean."""
+
+    def merge(name, taus):
+        if taus.ndim < 3 or taus.shape[2] == 1:
+            return taus.mean(0)
+        u, sigma, vt = torch.linalg.svd(taus.sum(0).flatten(1), full_matrices=False)
+        return ((u * sigma.clamp(max=sigma.mean())) @ vt).view(taus.shape[1:])
+
+    return tv.map(merge)
+
+
+def thinned_to(solve):
+    """The highest p from a layer's coherence and the error that is allowed."""
+
+    def function(taus, x, error):
+        c = (x @ taus.T).square().mean() / (x.square() @ taus.T.square()).mean()
+        return float(solve(c, error))
+
+    return function
+
+
+def at_distance(unit):
+    """A method's merge, its step divided by some length."""
+
+    def function(tv, method, far):
+        direction = mkl.TaskVectors(tv.base, [method(tv)])
+        return direction.add(direction.flat()[0] * float(far / unit(direction.flat()[0])))
+
+    return function
+
+
+def with_spectrum(change, rest=1.0):
+    """The sum of the task vectors with other singular values, and ways to get it wrong."""
+
+    def method(tv, scale=1.0):
+        def merge(name, taus):
+            if not is_matrix(taus[0]):
+                return scale * rest * taus.mean(0)
+            u, sigma, v = torch.linalg.svd(taus.flatten(2).sum(0), full_matrices=False)
+            return scale * ((u * change(sigma, scale)) @ v).view(taus.shape[1:])
+
+        return tv.map(merge)
+
+    return method
+
+
+def energy_triples(power, extra=1):
+    """How many singular values hold a share of the sum of their powers."""
+
+    def count(matrix, share):
+        held = (torch.linalg.svdvals(matrix) ** power).cumsum(0)
+        return int((held < share * held[-1]).sum()) + extra
+
+    return count
+
+
+def whitened(power):
+    def function(u):
+        w, e = torch.linalg.eigh(u.T @ u)
+        return u @ (e * w**power) @ e.T
+
+    return function
 
 
 # (exercise, an answer made from the task vectors, what the hint says); None where the answer is right.
@@ -195,6 +275,82 @@ ANSWERS = [
     ("2.3.3", lambda tv: lambda v, t: v.sum(), "Σ_i"),
     ("2.3.4", lambda tv: mkl.task_arithmetic(tv.subset(["fashion", "letters", "icon_family"]), scale=0.35), None),
     ("2.3.4", lambda tv: dict(tv.base), "Give all task vectors the same length"),
+    ("2.4.1", lambda tv: lambda x, t, p: p / (1 - p) * (x * t).square().sum(), None),
+    ("2.4.1", lambda tv: lambda x, t, p: p * (1 - p) * (x * t).square().sum(), "without rescaling"),
+    ("2.4.1", lambda tv: lambda x, t, p: p / (1 - p) * (x * t).sum() ** 2, "square each term"),
+    ("2.4.1", lambda tv: lambda x, t, p: p / (1 - p) * t.square().sum(), "the inputs count"),
+    ("2.4.1", lambda tv: lambda x, t, p: (1 - p) / p * (x * t).square().sum(), "the more is dropped"),
+    ("2.4.1", lambda tv: lambda x, t, p: 0.0, "it should be"),
+    ("2.4.2", lambda tv: lambda taus: taus.sign().sum(0).sign(), None),
+    ("2.4.2", lambda tv: lambda taus: taus.sum(0).sign(), "by mass"),
+    ("2.4.2", lambda tv: lambda taus: taus.sign().sum(0), "take its sign"),
+    ("2.4.2", lambda tv: lambda taus: (taus.sign().sum(0) >= 0) * 2.0 - 1, "with a draw"),
+    ("2.4.2", lambda tv: lambda taus: taus.sign().sum(1).sign(), "one sign per entry"),
+    ("2.4.2", lambda tv: lambda taus: -taus.sign().sum(0).sign(), "sum the signs"),
+    ("2.4.3", lambda tv: thinned_to(lambda c, error: c * error / (1 + c * error)), None),
+    ("2.4.3", lambda tv: thinned_to(lambda c, error: c * error), "solve it for p"),
+    ("2.4.3", lambda tv: thinned_to(lambda c, error: error / (1 + error)), "the coherence is missing"),
+    ("2.4.3", lambda tv: thinned_to(lambda c, error: error / (c + error)), "upside down"),
+    ("2.4.3", lambda tv: thinned_to(lambda c, error: 0.5), "with a coherence of"),
+    ("2.4.4", lambda tv: at_distance(lambda v: v.norm()), None),
+    ("2.4.4", lambda tv: at_distance(lambda v: 1.0), "not a scale"),
+    ("2.4.4", lambda tv: at_distance(lambda v: v.norm() ** 2), "take its root"),
+    ("2.4.4", lambda tv: at_distance(lambda v: 2 * v.norm()), "from the base"),
+    (
+        "2.4.4",
+        lambda tv: lambda v, method, far: at_distance(lambda u: u.norm())(v[0], mkl.average, far),
+        "the direction",
+    ),
+    ("2.5.1", lambda tv: energy_triples(2), None),
+    ("2.5.1", lambda tv: energy_triples(1), "the sum of their squares"),
+    ("2.5.1", lambda tv: energy_triples(2, extra=0), "one too few"),
+    ("2.5.1", lambda tv: energy_triples(2, extra=3), "for singular values proportional to"),
+    ("2.5.2", lambda tv: whitened(-0.5), None),
+    ("2.5.2", lambda tv: lambda u: torch.linalg.qr(u).Q, "Gram and Schmidt"),
+    ("2.5.2", lambda tv: lambda u: u / u.norm(dim=0), "not orthogonal"),
+    ("2.5.2", lambda tv: whitened(-1.0), "minus one half"),
+    ("2.5.2", lambda tv: lambda u: u.T @ u, "expected a matrix of shape"),
+    ("2.5.3", lambda tv: [3.0, -1.0], None),
+    ("2.5.3", lambda tv: torch.tensor([4, 1]), "the sum of the task vectors"),
+    ("2.5.3", lambda tv: [2.0, 0.5], "the average"),
+    ("2.5.3", lambda tv: [3.0, 1.0], "task 1 is answered"),
+    ("2.5.3", lambda tv: [0.0, 0.0], "both terms can be zero"),
+    ("2.5.3", lambda tv: 3.0, "expected two numbers"),
+    ("2.5.4", lambda tv: with_spectrum(lambda s, _: s.clamp(max=s.mean().item())), None),
+    ("2.5.4", lambda tv: mkl.iso_c, "Iso-C changes them"),
+    ("2.5.4", lambda tv: with_spectrum(lambda s, _: s.clamp(min=s.mean().item())), "lower what is above"),
+    ("2.5.4", lambda tv: mkl.task_arithmetic, "nothing was lowered"),
+    ("2.5.4", lambda tv: with_spectrum(lambda s, scale: s.clamp(max=s.mean().item()) / scale), "no effect"),
+    ("2.5.4", lambda tv: with_spectrum(lambda s, _: s.clamp(max=s.mean().item()) / 3), "not of the average"),
+    ("2.5.4", lambda tv: with_spectrum(lambda s, _: s.clamp(max=1.0)), "read as outputs"),
+    ("2.5.4", lambda tv: with_spectrum(lambda s, _: s.clamp(max=s.mean().item()), rest=3.0), "is no matrix"),
+    ("2.6.1", lambda tv: by_ranks(), None),
+    ("2.6.1", lambda tv: lambda a, b: np.corrcoef(a, b)[0, 1], "correlation of the values"),
+    ("2.6.1", lambda tv: by_ranks(factor=1), "factor 6"),
+    ("2.6.1", lambda tv: by_ranks(rank=np.argsort), "a rank is the place"),
+    ("2.6.1", lambda tv: by_ranks(factor=12), "for 4 methods"),
+    ("2.6.2", lambda tv: lambda a, b: t_value(np.subtract(a, b)), None),
+    (
+        "2.6.2",
+        lambda tv: lambda a, b: np.mean(np.subtract(a, b)) / np.sqrt((np.var(a, ddof=1) + np.var(b, ddof=1)) / len(a)),
+        "seed by seed",
+    ),
+    ("2.6.2", lambda tv: lambda a, b: t_value(np.subtract(a, b)) / len(a) ** 0.5, "smaller by √n"),
+    ("2.6.2", lambda tv: lambda a, b: t_value(np.subtract(a, b), ddof=0), "n - 1"),
+    ("2.6.2", lambda tv: lambda a, b: -t_value(np.subtract(a, b)), "it should be"),
+    ("2.6.3", lambda tv: lambda v, t: max(t) - t[int(np.argmax(v))], None),
+    ("2.6.3", lambda tv: lambda v, t: max(v) - max(t), "of different images"),
+    ("2.6.3", lambda tv: lambda v, t: max(v) - t[int(np.argmax(v))], "equally hard"),
+    ("2.6.3", lambda tv: lambda v, t: 0.0, "on test images it should be"),
+    ("2.6.4", lambda tv: "Consensus", None),
+    ("2.6.4", lambda tv: "TIES", "keeps a weight only if"),
+    ("2.6.4", lambda tv: "AWD", "choose one of"),
+    ("2.6.5", lambda tv: capped, None),
+    ("2.6.5", lambda tv: lambda any_tv: mkl.average(tv), "and at nothing else"),
+    ("2.6.5", lambda tv: lambda any_tv: dict(any_tv.base), "this is the base"),
+    ("2.6.5", lambda tv: lambda any_tv: mkl.task_arithmetic(any_tv[0], scale=1.0), "one of the experts"),
+    ("2.6.5", lambda tv: lambda any_tv: mkl.task_arithmetic(any_tv.subset(any_tv.names[:2]), scale=0.4), "the order"),
+    ("2.6.5", lambda tv: mkl.average, "two points more"),
 ]
 
 
