@@ -38,7 +38,7 @@ from torch import Tensor
 from mergekit_lite.checkpoints import StateDict
 from mergekit_lite.geometry import grams, normalise, rows_of
 from mergekit_lite.registry import Need, method
-from mergekit_lite.task_vectors import TaskVectors
+from mergekit_lite.task_vectors import Place, TaskVectors
 
 
 @method(
@@ -65,17 +65,16 @@ def model_stock(tv: TaskVectors, *, granularity: str = "layer", clip: bool = Tru
             defined.
     """
     ratios = {name: ratio(gram, clip) for name, gram in grams(tv, granularity).items()}
-    if granularity != "row":
-        whole = ratios.get("whole")
-        return tv.map_pieces(
-            lambda place, taus: (ratios[place.name] if whole is None else whole).to(taus) * taus.mean(0)
-        )
 
-    def merge(name: str, taus: Tensor) -> Tensor:
+    def merge_rows(name: str, taus: Tensor) -> Tensor:
         t = ratios[name].to(taus).unsqueeze(1)  # (rows, 1)
         return (t * rows_of(taus).mean(0)).view(taus.shape[1:])
 
-    return tv.map(merge)
+    def merge(place: Place, taus: Tensor) -> Tensor:
+        t = ratios["whole" if granularity == "whole" else place.name]
+        return t.to(taus) * taus.mean(0)
+
+    return tv.map(merge_rows) if granularity == "row" else tv.map_pieces(merge)
 
 
 def ratio(gram: Tensor, clip: bool = True) -> Tensor:

@@ -284,6 +284,7 @@ def plot_election(
     names: Sequence[str],
     *,
     bars: Mapping[str, float] | None = None,
+    bars_label: str = "accuracy",
     title: str = "",
 ) -> Figure:
     """TIES on a block of a weight matrix, entry by entry: red is above zero, blue below, white is zero.
@@ -295,6 +296,7 @@ def plot_election(
         merged: results to compare, (rows, columns) each, by title; drawn with the colours of `before`.
         names: of the K tasks.
         bars: numbers between 0 and 1 to draw beside the results, such as accuracies.
+        bars_label: what they are, for their axis.
         title: of the figure.
     """
     import matplotlib.pyplot as plt
@@ -319,7 +321,7 @@ def plot_election(
     figure.colorbar(image, ax=list(last[: len(merged) + 1]), shrink=0.8, label="entry")
     if bars:
         last[-1].barh(list(bars), list(bars.values()), color=COLOURS[0])
-        last[-1].set(xlim=(0, 1), xlabel="accuracy")
+        last[-1].set(xlim=(0, 1), xlabel=bars_label)
         last[-1].invert_yaxis()
         last[-1].tick_params(labelsize=8)
         for i, value in enumerate(bars.values()):

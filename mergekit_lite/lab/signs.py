@@ -235,6 +235,15 @@ def layer_inputs(suite: Suite, images: int) -> dict[str, Tensor]:
     return seen
 
 
+def features_moved(suite: Suite, experts: Mapping[str, StateDict]) -> Tensor:
+    """How far each expert moves the base's features of its own task's validation images: (K, images, features)."""
+    base, moved = suite.build().eval(), []
+    for task, expert in experts.items():
+        images = suite.tasks[task].validation
+        moved.append(suite.features(suite.build(expert).eval(), images) - suite.features(base, images))
+    return torch.stack(moved)
+
+
 def compared(changes: Tensor, true: Tensor) -> list[float]:
     """How much of true changes (K, ...) is in others, and their squared distance relative to the true ones' length.
 

@@ -204,7 +204,8 @@ def election_at(
         elected,
         {f"TIES, λ = {scale:g}": merge, "average": before.mean(0)},
         [task.replace("_", "\n") for task in tv.names],
-        bars={**evaluation, "average": evaluation.average},
+        bars={**evaluation, "mean of tasks": evaluation.average},
+        bars_label=f"accuracy of TIES, λ = {scale:g} ({split} images)",
         title=f"{name}, density {density:g}",
     )
     figure.set_label(

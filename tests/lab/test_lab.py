@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import matplotlib as mpl
 import pandas as pd
 import pytest
 import torch
@@ -37,16 +36,6 @@ from mergekit_lite.lab.widgets import (
     turned_at,
 )
 from mergekit_lite.suites import compare
-
-mpl.use("agg")
-
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    import matplotlib.pyplot as plt
-
-    plt.close("all")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The pictures and the explorer of chapter 2.6."""
 
-import matplotlib as mpl
 import pandas as pd
 import pytest
 
@@ -8,16 +7,6 @@ import mergekit_lite as mkl
 from mergekit_lite.lab.plots import plot_named_points, plot_ranking, plot_table
 from mergekit_lite.lab.widgets import explore_mixing, mixed_at
 from tests.lab.test_lab import extremes
-
-mpl.use("agg")
-
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    import matplotlib.pyplot as plt
-
-    plt.close("all")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The study of chapter 2.4: what its variants are, its pictures, and the tables that travel with the package."""
 
-import matplotlib as mpl
 import pytest
 import torch
 
@@ -8,16 +7,6 @@ import mergekit_lite as mkl
 from mergekit_lite.lab import signs
 from mergekit_lite.lab.plots import plot_competition, plot_election
 from mergekit_lite.lab.widgets import election_at, explore_election
-
-mpl.use("agg")
-
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    import matplotlib.pyplot as plt
-
-    plt.close("all")
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +116,16 @@ def test_slopes_errors_and_coherence_by_hand():
     assert signs.coherence(torch.tensor([[1.0, -1.0, 0.0, 1.0]]), x) == pytest.approx(1 / 3)
 
 
+def test_features_are_those_of_each_tasks_own_expert(suite):
+    few = suite.cut(4, tasks=["mnist", "fashion"])
+    moved = signs.features_moved(few, {"fashion": few.experts["fashion"], "mnist": few.base})
+    images = few.tasks["fashion"].validation
+    before, after = (few.features(few.build(state).eval(), images) for state in (few.base, few.experts["fashion"]))
+    torch.testing.assert_close(moved[0], after - before)
+    assert moved[0].abs().max() > 0.01
+    assert not moved[1].any()
+
+
 def test_other_units_change_no_output(suite):
     few = suite.cut(5, tasks=["mnist"])
     name = "blocks.4.1.conv_pw.weight"
@@ -143,6 +142,9 @@ def test_an_election_is_drawn_as_it_is(suite):
     merged = mkl.ties(few.task_vectors, density=0.3, scale=0.5)[name] - few.base[name]
     torch.testing.assert_close(torch.tensor(drawn[5]), merged.flatten(1)[:4, :6], atol=1e-6, rtol=1e-4)
     assert "density 0.30" in figure.get_label()
+    bars = next(axis for axis in figure.axes if axis.get_xlabel().startswith("accuracy"))
+    assert bars.get_xlabel() == "accuracy of TIES, λ = 0.5 (validation images)"
+    assert [tick.get_text() for tick in bars.get_yticklabels()] == ["mnist", "fashion", "mean of tasks"]
     assert len(explore_election(few, name).children) == 3
 
 
