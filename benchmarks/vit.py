@@ -109,6 +109,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="the Python that has mergekit and fusion-bench")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--folder", type=Path, help="where the files lie meanwhile (4 GB); /dev/shm leaves out the disk"
+    )
     parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--out", type=Path, default=Path("mergekit_lite/lab/tables/merge-benchmark.csv"))
     options = parser.parse_args()
@@ -117,7 +120,7 @@ def main() -> None:
         jobs += [(tool, method) for tool, methods in PEERS.items() for method in methods if method in options.methods]
     floors: list[float] = []
     measured: dict[tuple[str, str], list[tuple[float, int]]] = {job: [] for job in jobs}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         write_checkpoints(folder)
         again = jobs

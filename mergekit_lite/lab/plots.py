@@ -413,6 +413,7 @@ def plot_named_points(
     xlabel: str,
     ylabel: str,
     curve: tuple[str, Sequence[float], Sequence[float]] | None = None,
+    log: bool = False,
 ) -> Figure:
     """Points in a plane with a name beside each, in groups of one colour and marker.
 
@@ -421,6 +422,7 @@ def plot_named_points(
         xlabel: of the horizontal axis.
         ylabel: of the vertical axis.
         curve: a name for the legend and the positions of a line to compare the points with.
+        log: make the horizontal axis logarithmic.
     """
     import matplotlib.pyplot as plt
 
@@ -432,6 +434,8 @@ def plot_named_points(
         axis.plot(x, y, "osD^vP*X"[i % 8], ms=6, color=COLOURS[i % 8], label=group)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.margins(0.12)
+    if log:
+        axis.set_xscale("log")
     axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

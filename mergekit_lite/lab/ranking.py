@@ -124,6 +124,25 @@ def published() -> pd.DataFrame:
     return pd.read_csv(TABLES / "published.csv", index_col="method")
 
 
+def costs() -> pd.DataFrame:
+    """What merging eight experts of ViT-B/32's size from files costs (`benchmarks/vit.py`).
+
+    Columns: by tool, the time on one thread over that of reading all files once and writing one, infinite if the tool
+    wanted more than 16 GiB or 200 s, and NaN if it was not asked; and ``MB``, the memory that this package used.
+    """
+    import pandas as pd
+
+    table = pd.read_csv(TABLES / "merge-benchmark.csv").fillna({"time / floor": float("inf")})
+    names = {getattr(way, "__name__", "wudi"): name for name, (way, _) in WAYS.items() if name != "WUDI"}
+    table["method"] = table["method"].map(names)
+    times = table.pivot(index="method", columns="tool", values="time / floor")
+    ours = table[table["tool"] == "mergekit_lite"].set_index("method")["memory in MB"]
+    tools = [tool for tool in ("mergekit_lite", "mergekit", "fusion-bench") if tool in times]
+    return (
+        times.reindex([name for name in WAYS if name in times.index])[tools].assign(MB=ours).rename_axis(columns=None)
+    )
+
+
 def rank_correlation(a: pd.Series, b: pd.Series) -> float:
     r"""Spearman's :math:`\rho`: how far two measurements put the same methods in the same order, 1 if they do.
 

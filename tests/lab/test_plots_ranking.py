@@ -37,6 +37,8 @@ def test_names_stand_beside_their_points_and_cover_each_other_nowhere():
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     with_curve = plot_named_points({"one": crowd}, xlabel="x", ylabel="y", curve=("line", [0, 1], [2, 3])).axes[0]
     assert with_curve.lines[0].get_xydata().tolist() == [[0, 2], [1, 3]]
+    logarithmic = plot_named_points({"one": {"a": (1.0, 0.0), "b": (100.0, 1.0)}}, xlabel="x", ylabel="y", log=True)
+    assert logarithmic.axes[0].get_xscale() == "log"
 
 
 def test_a_table_shows_every_number_in_its_field():

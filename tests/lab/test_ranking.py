@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -119,3 +120,12 @@ def test_the_shipped_table_is_of_the_shipped_experts(suite):
     """One number measured anew, to the rounding of the file and the few images that another CPU sees otherwise."""
     row = ranking.by_seed().set_index(["seed", "method"]).loc[(0, "TIES")]
     assert suite.evaluate(mkl.ties(suite.task_vectors)).average == pytest.approx(row["default"], abs=0.002)
+
+
+def test_the_costs_are_of_methods_of_the_table_and_too_much_is_infinite():
+    found = ranking.costs()
+    assert set(found.index) < set(ranking.WAYS)
+    assert list(found.columns) == ["mergekit_lite", "mergekit", "fusion-bench", "MB"]
+    assert np.isinf(found.loc["TIES", "fusion-bench"])
+    assert np.isnan(found.loc["AWD", "mergekit"])
+    assert (found["mergekit_lite"] > 1).all()  # no merge is faster than reading its files
