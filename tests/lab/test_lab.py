@@ -116,7 +116,7 @@ def test_there_is_a_row_of_images_per_task(two):
 
 
 def test_a_methods_source_is_its_file():
-    assert "disjoint_mean" in show_source(mkl.ties).data
+    assert "disjoint_merge" in show_source(mkl.ties).data
     assert show_source(sweep, alone=True).data.startswith("def sweep(")
     with pytest.raises(ValueError, match="not written in a file"):
         show_source(3)
