@@ -14,7 +14,8 @@ Importing the package needs torch alone; timm, pandas, matplotlib and ipywidgets
 
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lite import data_free
+from mergekit_lite import calibrated, data_free
+from mergekit_lite.calibrated import *  # noqa: F403  (all methods; each stands in calibrated.__all__)
 from mergekit_lite.checkpoints import CheckpointError, load, merge_files, save
 from mergekit_lite.data_free import *  # noqa: F403  (all methods; each stands in data_free.__all__)
 from mergekit_lite.registry import Method, Need, method, methods, methods_table
@@ -40,7 +41,7 @@ __all__ = [
     "methods_table",
     "save",
 ]
-__all__ += data_free.__all__
+__all__ += data_free.__all__ + calibrated.__all__
 
 
 def __getattr__(name: str) -> Any:

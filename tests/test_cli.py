@@ -37,6 +37,18 @@ def test_names_of_experts_can_be_given(files, tmp_path):
     assert done.exit_code == 0, done.output
 
 
+def test_curvature_comes_from_files(files, tmp_path):
+    curvatures = [mkl.input_grams(small_net(seed), [torch.randn(9, 3, 3, 3)]) for seed in (1, 2)]
+    saved = [tmp_path / f"grams{k}.safetensors" for k in range(2)]
+    for curvature, path in zip(curvatures, saved, strict=True):
+        curvature.save(path)
+    out = tmp_path / "m.safetensors"
+    done = call("merge", "regmean", *files, "--out", out, "--curvature", saved[0], "--curvature", saved[1])
+    assert done.exit_code == 0, done.output
+    expected, merged = mkl.regmean(mkl.TaskVectors(files[0], files[1:]), curvatures), mkl.load(out)
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -44,6 +56,10 @@ def test_names_of_experts_can_be_given(files, tmp_path):
         (["merge", "ties", "--set", "denisty=0.5"], "no hyperparameter 'denisty'"),
         (["merge", "ties", "--set", "density"], "name=value"),
         (["merge", "ties", "--set", "density=7"], "in (0, 1]"),
+        (["merge", "regmean"], "regmean needs --curvature files"),
+        (["merge", "ties", "--curvature", "a.safetensors"], "ties needs no --curvature files"),
+        (["merge", "regmean", "--curvature", "none.safetensors"], "no such checkpoint"),
+        (["merge", "regmean_plus_plus"], "call mkl.regmean_plus_plus in Python"),
     ],
 )
 def test_mistakes_are_said_and_nothing_is_written(files, tmp_path, words, message):

@@ -5,8 +5,8 @@ validation images, and writes test accuracies, mean and spread, to ``book/tables
 experts of one seed by other recipes and writes the same figures for each: the record of what was tried.
 ``variants`` compares the relatives of pocket8, ``edits`` measures forgetting and analogies over the seeds, and
 ``analogies`` tries four changes of the images; ``orthogonality`` measures AWD, MetaGPT and the best scales there are;
-``data-free`` measures all methods that need nothing but the weights. Each writes its table to ``book/tables``, the last
-two into the package, for the chapters read them.
+``signs`` and ``data-free`` measure the methods that need nothing but the weights, ``curvature`` those that need a few
+images. Each writes its table to ``book/tables``, the last four into the package, for the chapters read them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch import Tensor
 from mergekit_lite.checkpoints import StateDict, atomic_path
 from mergekit_lite.data_free import analogy, average, negation, pcb, task_arithmetic, ties, tsv
 from mergekit_lite.geometry import largest_cosine
+from mergekit_lite.lab.curvature import measure as measure_curvature
+from mergekit_lite.lab.curvature import measure_images, measure_steps
 from mergekit_lite.lab.orthogonality import TABLES as SHIPPED
 from mergekit_lite.lab.orthogonality import measure as measure_orthogonality
 from mergekit_lite.lab.ranking import measure as measure_all
@@ -206,6 +208,21 @@ def _without_examples(suite: Suite, changed: StateDict, target: str) -> dict[str
     }
 
 
+def _by_seed(work: Path, name: str, measured: Callable[[Suite], pd.DataFrame]) -> pd.DataFrame:
+    """One table for three seeds, with a column ``seed``; what lies in `work` is not measured again."""
+    import pandas as pd
+
+    tables = []
+    for seed in (0, 1, 2):
+        path = work / f"{name}{seed}.csv"
+        if not path.exists():
+            work.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
+                measured(load_suite(seed=seed, device="cpu")).to_csv(temporary, index=False)
+        tables.append(pd.read_csv(path).assign(seed=seed))
+    return pd.concat(tables)
+
+
 def _each_seed(
     work: Path, name: str, measured: Callable[[Suite], tuple[pd.DataFrame, pd.DataFrame]]
 ) -> tuple[dict[int, pd.DataFrame], dict[int, pd.DataFrame]]:
@@ -241,17 +258,17 @@ def orthogonality(work: Path = Path("suites"), out: Path = SHIPPED) -> None:
 @app.command("data-free")
 def data_free(work: Path = Path("suites"), out: Path = SHIPPED) -> None:
     """Every data-free method, as published and tuned, three seeds each (20 minutes; goes on in `work`)."""
-    import pandas as pd
+    _write(_by_seed(work, "data-free", measure_all).set_index("method"), out / "data-free.csv", "method")
 
-    tables = []
-    for seed in (0, 1, 2):
-        path = work / f"data-free{seed}.csv"
-        if not path.exists():
-            work.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary:
-                measure_all(load_suite(seed=seed, device="cpu")).to_csv(temporary, index=False)
-        tables.append(pd.read_csv(path).assign(seed=seed))
-    _write(pd.concat(tables).set_index("method"), out / "data-free.csv", "method")
+
+@app.command()
+def curvature(work: Path = Path("suites"), out: Path = SHIPPED) -> None:
+    """Fisher, RegMean and MaTS, numbers of images and of steps, three seeds each (an hour; goes on in `work`)."""
+    _write(_by_seed(work, "curvature", measure_curvature).set_index("method"), out / "curvature.csv", "method")
+    table = _by_seed(work, "curvature-images", measure_images).set_index("images")
+    _write(table, out / "curvature-images.csv", "images")
+    table = _by_seed(work, "curvature-steps", measure_steps).set_index("start")
+    _write(table, out / "curvature-steps.csv", "start", digits="%.3g")
 
 
 @app.command()
@@ -326,9 +343,9 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _write(table: pd.DataFrame, path: Path, corner: str) -> None:
+def _write(table: pd.DataFrame, path: Path, corner: str, digits: str = "%.3f") -> None:
     with atomic_path(path) as temporary:
-        table.to_csv(temporary, index_label=corner, float_format="%.3f")
+        table.to_csv(temporary, index_label=corner, float_format=digits)
     typer.echo(table.round(3).to_string())
     typer.echo(f"wrote {path}")
 

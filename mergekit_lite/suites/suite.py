@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mergekit_lite.calibrated import Curvature, diagonal_fisher, input_grams, kfac
 from mergekit_lite.checkpoints import PathLike, StateDict
 from mergekit_lite.linearization import Linearized
 from mergekit_lite.suites.heads import CosineHead, class_directions, few_per_class
@@ -258,6 +259,63 @@ class Suite:
                 part = loss(logits, batch.labels.to(logits.device)) * len(batch.labels) / len(images)
                 part.backward()  # gradients add up over the batches
         return {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
+
+    def calibration(
+        self, task: str, images: int = 100, *, split: str = "train", batch: int = 25, seed: int = 0
+    ) -> list[tuple[Tensor, Tensor]]:
+        """A few images of a task as the backbone's inputs, with labels: batches of (inputs, labels).
+
+        Args:
+            task: a task's name.
+            images: how many, drawn at random; all, if the split has no more. A larger draw begins with the smaller one.
+            split: to draw from. Whatever is fitted to them should not be judged by them.
+            batch: images per batch.
+            seed: of the draw.
+
+        Raises:
+            KeyError: there is no such task.
+            ValueError: there is no such split, or fewer than one image is asked for.
+        """
+        if images < 1 or batch < 1:
+            raise ValueError(f"expected at least one image and one per batch; got {images} and {batch}.")
+        whole = self.task(task).split(split)
+        drawn = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:images]
+        few = whole[drawn]
+        return [(self.prepare(part.images), part.labels.to(self.device)) for part in few.batches(batch)]
+
+    def curvature(
+        self, kind: str, *, images: int = 100, seed: int = 0, progress: bool = True, **options: Any
+    ) -> dict[str, Curvature]:
+        """The curvature of every expert around itself, from a few training images of its task.
+
+        Args:
+            kind: ``"inputs"``, ``"fisher"`` or ``"kfac"``: gathered by `input_grams`, `diagonal_fisher` or `kfac`.
+            images: how many per task.
+            seed: of the draw of images.
+            progress: show a progress bar.
+            **options: passed on, such as ``labels="expected"``.
+
+        Returns:
+            By task, in the order of `task_vectors`: what `regmean`, `fisher` and `mats` take.
+
+        Raises:
+            ValueError: another kind, or fewer than one image.
+        """
+        from tqdm.auto import tqdm
+
+        if kind not in ("inputs", "fisher", "kfac"):
+            raise ValueError(f"kind must be inputs, fisher or kfac; got '{kind}'.")
+        keep_freed_memory()
+        gathered = {}
+        with one_thread():
+            for name in tqdm(self.task_vectors.names, desc=f"curvature ({kind})", disable=None if progress else True):
+                model, batches = self._as_module(self.experts[name]), self.calibration(name, images, seed=seed)
+                if kind == "inputs":
+                    gathered[name] = input_grams(model, batches, **options)
+                else:
+                    gather = kfac if kind == "kfac" else diagonal_fisher
+                    gathered[name] = gather(model, batches, head=self.heads[name], **options)
+        return gathered
 
     def _models(self, state: Weights | WeightsByTask, tasks: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
         """Each task and the network that answers it, to be used before the next one is asked for."""
