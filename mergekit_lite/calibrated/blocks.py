@@ -49,6 +49,10 @@ class Diagonal:
         """The matrix's diagonal, in the shape of a tensor `like` the weight."""
         return self.values
 
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether a weight of this shape can be multiplied."""
+        return self.values.shape == shape
+
     def to(self, like: Tensor) -> Diagonal:
         """This block in the dtype and on the device of a tensor."""
         return Diagonal(self.values.to(like))
@@ -109,6 +113,14 @@ class Kronecker:
     def matrices(self, v: Tensor) -> Tensor:
         """A tensor of the weight's shape as matrices (groups, o, i)."""
         return v.reshape(self.groups, len(v) // self.groups, -1)
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether a weight of this shape can be multiplied."""
+        if not shape or shape[0] % self.groups:
+            return False
+        width, height = shape[1:].numel(), shape[0] // self.groups
+        wanted = {"inputs": width, "outputs": height}
+        return all(factor.shape[1] == wanted[name] for name, factor in self.factors().items())
 
     def __call__(self, v: Tensor) -> Tensor:
         """C V = B V A, group by group."""
@@ -293,7 +305,7 @@ def in_order(tv: TaskVectors, curvatures: Curvatures) -> list[Mapping[str, Linea
         curvatures: K in the same order, or by the task vectors' names.
 
     Raises:
-        ValueError: not K of them.
+        ValueError: not K of them, or a block for a tensor of another shape.
         KeyError: an expert has none, or they are for a tensor that the model does not have.
     """
     if isinstance(curvatures, Mapping):
@@ -304,9 +316,11 @@ def in_order(tv: TaskVectors, curvatures: Curvatures) -> list[Mapping[str, Linea
     if len(curvatures) != len(tv):
         raise ValueError(f"{len(tv)} experts need as many curvatures; got {len(curvatures)}.")
     for curvature in curvatures:
-        unknown = [name for name in curvature if name not in tv.base]
-        if unknown:
-            raise KeyError(f"the curvature has a block for '{unknown[0]}', which is no tensor of the model.")
+        for name, block in curvature.items():
+            if name not in tv.base:
+                raise KeyError(f"the curvature has a block for '{name}', which is no tensor of the model.")
+            if isinstance(block, Block) and not block.fits(shape := tv.base[name].shape):
+                raise ValueError(f"the curvature's block for '{name}' does not fit weights of shape {tuple(shape)}.")
     return list(curvatures)
 
 

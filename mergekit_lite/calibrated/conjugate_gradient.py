@@ -10,8 +10,8 @@ with A can reach. With condition number :math:`\kappa` the error, measured by A,
 
 A preconditioner is a cheap approximation of :math:`A^{-1}`: the nearer, the rounder the bowl.
 
-If A has zero eigenvalues, x moves only where A has an effect and keeps the start's value elsewhere (without a
-preconditioner: the solution nearest to the start).
+If A has zero eigenvalues, there are many solutions. Without a preconditioner x moves only where A has an effect, to the
+solution nearest to the start; with one, to another solution.
 """
 
 from collections.abc import Callable, Iterator

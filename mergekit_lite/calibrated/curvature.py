@@ -25,6 +25,7 @@ for kernels, so padding and stride are always the layer's own.
 
 Layers are watched by hooks: the model is run as it is, in inference mode, and is not changed. A weight that is used
 without its module being called (as within `torch.nn.MultiheadAttention`) is not seen by them: it gets no Gram matrices.
+Layers that change their weight before using it (weight standardisation) are not linear in it and do not belong here.
 
 A library, curvlinops, computes such matrices, too; what is here agrees with it (`tests/parity`). It is not used, since
 it has neither Grams of inputs alone nor grouped convolutions, and since these pages are what a reader wants to see.
@@ -41,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mergekit_lite.calibrated.blocks import Block, Curvature, Diagonal, Kronecker
 from mergekit_lite.task_vectors import float64
@@ -123,7 +125,7 @@ def kfac(
         nudges.append((name, layer, torch.zeros_like(output, requires_grad=True)))
         return output + nudges[-1][2]
 
-    batches, images = list(batches), 0
+    batches, images = list(batches) if isinstance(batches, Iterator) else batches, 0  # they may be read twice
     with _inference(model), torch.enable_grad(), _watched(model, watch):
         for batch in _shown(batches, progress):
             nudges.clear()
@@ -315,7 +317,8 @@ def _inference(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention are slow under vmap, and warn
+            yield
     finally:
         for module in training:
             module.training = True

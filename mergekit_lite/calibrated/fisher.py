@@ -45,7 +45,7 @@ def fisher(tv: TaskVectors, fishers: Curvatures, *, floor: float = 0.0) -> State
         The merged state dict.
 
     Raises:
-        ValueError: not K curvatures, or a floor that is negative or not finite.
+        ValueError: not K curvatures, a block of another shape, or a floor that is negative or not finite.
         KeyError: a curvature belongs to another model, or only some experts have one for a tensor.
     """
     if not 0 <= floor < float("inf"):

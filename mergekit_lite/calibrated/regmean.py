@@ -50,7 +50,7 @@ def regmean(tv: TaskVectors, grams: Curvatures, *, alpha: float = 1.0) -> StateD
         The merged state dict.
 
     Raises:
-        ValueError: not K curvatures, or an alpha outside [0, 1].
+        ValueError: not K curvatures, a block of another shape, or an alpha outside [0, 1].
         KeyError: a curvature belongs to another model, or only some experts have one for a tensor.
     """
     check_share(alpha)
@@ -59,6 +59,8 @@ def regmean(tv: TaskVectors, grams: Curvatures, *, alpha: float = 1.0) -> StateD
     def merge(name: str, taus: Tensor) -> Tensor:
         blocks = [block.mixed(alpha) for block in blocks_of(name, ordered) if isinstance(block, Kronecker)]
         known = [block.inputs for block in blocks if block.inputs is not None]
+        if known and len(known) < len(tv):
+            raise KeyError(f"only {len(known)} of {len(tv)} experts have a Gram matrix for '{name}'.")
         return least_squares(taus, known).to(taus) if known else taus.mean(0)
 
     return tv.map(merge)

@@ -10,8 +10,9 @@ of each come out of the blocks merged before:
    matrices of the layers in it; their weights are merged by RegMean's formula and replace the average.
 
 Within a block, layers see the expert's own block: only between blocks do the inputs come from the merge. The authors'
-blocks are those of a vision transformer; everything that is no weight of a linear layer stays averaged (in their code
-the last normalisation is left at the base, here it is averaged as in RegMean).
+blocks are those of a vision transformer, and the embedding before them, which is averaged, counts as merged; by default
+a stem here belongs to the first block (say otherwise with `depth`). Everything that is no weight of a linear layer
+stays averaged (in their code the last normalisation is left at the base).
 """
 
 import copy
@@ -22,7 +23,7 @@ from torch import nn
 
 from mergekit_lite.calibrated.curvature import Batch, input_grams
 from mergekit_lite.calibrated.regmean import check_share, least_squares
-from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checkpoints import StateDict, tied_names
 from mergekit_lite.data_free.average import average
 from mergekit_lite.data_free.depth import Depth, relative_depths
 from mergekit_lite.registry import Need, method
@@ -71,17 +72,20 @@ def regmean_plus_plus(
     if missing:
         raise KeyError(f"no batches for the expert '{missing[0]}'; there are some for {', '.join(batches)}.")
     depths = relative_depths([name for name, _, _ in tv.layers()], depth)
-    experts = {name: tv[name].map(lambda _, taus: taus[0]) for name in tv.names}
+    in_memory = tv._with_collector(dict)  # networks that are run are not merged tensor by tensor
+    experts = {name: in_memory[name].map(lambda _, taus: taus[0]) for name in tv.names}
     calls = {name: list(batches[name]) for name in tv.names}  # they are read once per block
     network = copy.deepcopy(model)
-    merged = average(tv)
+    merged = average(in_memory)
+    first_names = tied_names(merged)
     for stage in tqdm(sorted(set(depths.values())), desc="blocks", disable=None if progress else True):
         block = [name for name, depth in depths.items() if depth == stage]
         grams = []
         for task, expert in experts.items():
-            network.load_state_dict({**merged, **{name: expert[name] for name in block}})
+            own = {name: expert[name] for name, first in first_names.items() if first in block}
+            network.load_state_dict({**merged, **own})
             grams.append(input_grams(network, calls[task], names=block).mixed(alpha))
         for name in grams[0]:
             weights = torch.stack([expert[name] for expert in experts.values()])
-            merged[name] = least_squares(weights, [gram[name].factors()["inputs"] for gram in grams]).to(merged[name])
+            merged[name].copy_(least_squares(weights, [gram[name].factors()["inputs"] for gram in grams]))
     return merged

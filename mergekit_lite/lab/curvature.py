@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergekit_lite.calibrated import Curvature, Kronecker, fisher, mats, regmean, regmean_plus_plus
 from mergekit_lite.checkpoints import StateDict
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TABLES = Path(__file__).parent / "tables"
-IMAGES = (1, 2, 5, 10, 25, 50, 100, 200, 400)  # per task
+IMAGES = (1, 2, 5, 10, 25, 50, 100)  # per task
+LENGTHS = [1.0, 1.2, 1.4, 1.6, 2.0]  # of a merged task vector, in its own length
 STEPS = (0, 1, 2, 5, 10, 20, 50, 100)  # of conjugate gradients
 
 Merge = Callable[..., Mapping[str, Tensor]]
@@ -62,6 +63,9 @@ def ways(suite: Suite, images: int = 100) -> dict[str, tuple[Callable[..., State
     inputs, kfac = gather("inputs"), {labels: gather("kfac", labels=labels) for labels in ("given", "expected")}
     starts = {"average": average(tv), "task arithmetic": task_arithmetic(tv, scale=0.2)}
 
+    def scaled(scale: float, merged: StateDict) -> StateDict:
+        return task_arithmetic(TaskVectors(tv.base, [merged]), scale=scale)
+
     def solve(labels: str, damping: float, start: str) -> StateDict:
         return mats(tv, damped(normalised(kfac[labels]), damping), init=starts[start], **SOLVE)
 
@@ -73,12 +77,22 @@ def ways(suite: Suite, images: int = 100) -> dict[str, tuple[Callable[..., State
     }
     return {
         "average": (partial(average, tv), {}),
+        "average, scaled": (lambda scale: scaled(scale, average(tv)), {"scale": LENGTHS}),
         "Fisher": (partial(fisher, tv, expected), {}),
         "Fisher, given labels": (partial(fisher, tv, given), {}),
         "Fisher, normalised": (partial(fisher, tv, normalised(expected)), {}),
         "Fisher, given labels, normalised": (partial(fisher, tv, normalised(given)), {}),
+        "Fisher, normalised, scaled": (
+            lambda scale: scaled(scale, fisher(tv, normalised(expected))),
+            {"scale": LENGTHS},
+        ),
         "RegMean": (partial(regmean, tv, inputs), {"alpha": [1.0, 0.9, 0.5, 0.1]}),
         "RegMean++": (partial(regmean_plus_plus, tv, suite.model, batches), {"alpha": [1.0, 0.95, 0.8]}),
+        "RegMean, scaled": (lambda scale: scaled(scale, regmean(tv, inputs)), {"scale": LENGTHS}),
+        "RegMean++, every layer": (
+            partial(regmean_plus_plus, tv, suite.model, batches, depth=layer_by_layer(suite.model)),
+            {"alpha": [1.0, 0.95]},
+        ),
         "MaTS, as released": (partial(mats, tv, without_diagonals(kfac["given"]), **released), {}),
         "MaTS": (
             solve,
@@ -88,7 +102,17 @@ def ways(suite: Suite, images: int = 100) -> dict[str, tuple[Callable[..., State
                 "start": ["average", "task arithmetic"],
             },
         ),
+        "MaTS, scaled": (
+            lambda scale: scaled(scale, solve("expected", 0.001, "task arithmetic")),
+            {"scale": LENGTHS},
+        ),
     }
+
+
+def layer_by_layer(model: nn.Module) -> Callable[[str], int]:
+    """A depth for `regmean_plus_plus` that makes every layer a block of its own, in the order of modules."""
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    return lambda tensor: order[tensor.rpartition(".")[0]]
 
 
 def measure(suite: Suite, images: int = 100) -> pd.DataFrame:

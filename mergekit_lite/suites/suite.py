@@ -299,9 +299,14 @@ class Suite:
             By task, in the order of `task_vectors`: what `regmean`, `fisher` and `mats` take.
 
         Raises:
-            ValueError: another kind, or fewer than one image.
+            ValueError: another kind, fewer than one image, or experts that were trained as linearised networks.
         """
         from tqdm.auto import tqdm
+
+        if self.recipe.tangent:
+            raise ValueError(
+                f"the experts of '{self.name}' are linearised networks, whose layers have no inputs of their own."
+            )
 
         if kind not in ("inputs", "fisher", "kfac"):
             raise ValueError(f"kind must be inputs, fisher or kfac; got '{kind}'.")

@@ -280,3 +280,86 @@ def test_weights_for_other_tasks_are_not_enough(small):
     assert set(small.evaluate({"three": small.experts["three"]}, tasks=["three"])) == {"three"}
     with pytest.raises(KeyError, match="no task named 'four'"):
         small.evaluate(small.experts, tasks=["four"])
+
+
+# ---------------------------------------------------------------- calibration and curvature
+
+
+def test_calibration_images_are_training_images_with_their_labels(small):
+    (inputs, labels), *others = batches = small.calibration("three", images=10, batch=4)
+    assert [len(x) for x, _ in batches] == [len(y) for _, y in batches] == [4, 4, 2]
+    assert inputs.shape == (4, 3, 12, 12)
+    train = small.prepare(small.task("three").train.images)
+    for x, label in zip(inputs, labels, strict=True):
+        (where,) = (train == x).flatten(1).all(1).nonzero()[:, 0].tolist()
+        assert small.task("three").train.labels[where] == label
+    assert len(torch.cat([inputs, *(x for x, _ in others)]).flatten(1).unique(dim=0)) == 10, "none comes twice"
+
+
+def test_calibration_images_are_drawn_as_the_seed_says(small):
+    def drawn(*args, **options):
+        batches = small.calibration("three", *args, **options)
+        return torch.cat([x for x, _ in batches])
+
+    assert torch.equal(drawn(8), drawn(8, batch=3))
+    assert torch.equal(drawn(8), drawn(12)[:8]), "more images are those and others"
+    assert not torch.equal(drawn(8), drawn(8, seed=1))
+    assert len(drawn(10**6)) == len(small.task("three").train)
+    test = small.prepare(small.task("three").test.images)
+    assert sorted(drawn(10**6, split="test").mean((1, 2, 3)).tolist()) == sorted(test.mean((1, 2, 3)).tolist())
+    for images, batch in ((0, 25), (-1, 25), (5, 0)):
+        with pytest.raises(ValueError, match="at least one image and one per batch"):
+            small.calibration("three", images, batch=batch)
+    with pytest.raises(KeyError, match="no task named 'four'"):
+        small.calibration("four")
+
+
+def test_the_curvature_of_every_expert(small):
+    with pytest.raises(ValueError, match="no experts yet"):
+        small.curvature("inputs", progress=False)
+    small.finetune(progress=False)
+    batches = {task: small.calibration(task, 6, seed=3) for task in small.tasks}
+    models = {task: small.build(small.experts[task]).eval() for task in small.tasks}
+    by_hand = {
+        "inputs": {t: mkl.input_grams(models[t], batches[t]) for t in models},
+        "fisher": {t: mkl.diagonal_fisher(models[t], batches[t], head=small.heads[t]) for t in models},
+        "kfac": {t: mkl.kfac(models[t], batches[t], head=small.heads[t], labels="expected") for t in models},
+    }
+    for kind, expected in by_hand.items():
+        options = {"labels": "expected"} if kind == "kfac" else {}
+        gathered = small.curvature(kind, images=6, seed=3, progress=False, **options)
+        assert list(gathered) == list(small.tasks)
+        for task, curvature in gathered.items():
+            assert {"conv.weight"} <= set(curvature) == set(expected[task])
+            for name, block in curvature.items():
+                for part, factor in block.factors().items():
+                    torch.testing.assert_close(factor, expected[task][name].factors()[part])
+    assert not torch.allclose(
+        by_hand["inputs"]["three"]["conv.weight"].inputs, by_hand["inputs"]["two"]["conv.weight"].inputs
+    )
+    with pytest.raises(ValueError, match="kind must be inputs, fisher or kfac; got 'hessian'"):
+        small.curvature("hessian")
+    small.recipe = small.recipe.but(tangent=True)
+    with pytest.raises(ValueError, match="experts of 'my suite' are linearised networks"):
+        small.curvature("inputs", images=6)
+    small.recipe = small.recipe.but(tangent=False)
+    with pytest.raises(ValueError, match="at least one image"):
+        small.curvature("inputs", images=0, progress=False)
+
+
+def test_a_suites_curvature_is_what_the_methods_take(small):
+    small.finetune(progress=False)
+    tv = small.task_vectors
+    merges = [
+        mkl.regmean(tv, small.curvature("inputs", images=8, progress=False)),
+        mkl.fisher(tv, small.curvature("fisher", images=8, progress=False)),
+        mkl.mats(tv, small.curvature("kfac", images=8, progress=False), preconditioner="kronecker"),
+        mkl.regmean_plus_plus(
+            tv, small.model, {t: small.calibration(t, 8) for t in small.tasks}, depth=["conv.weight", "conv.bias"]
+        ),
+    ]
+    before = small.evaluate(split="validation")
+    for merged in merges:
+        assert small.evaluate(merged, split="validation").average > 0.6
+    assert dict(small.evaluate(split="validation")) == dict(before)
+    assert not any(module._forward_hooks for module in (small.model, small._bench, *small.model.modules()))
