@@ -268,20 +268,11 @@ def images() -> pd.DataFrame:
 
 
 def steps() -> pd.DataFrame:
-    """Conjugate gradients from several starts, means over three seeds: index start and steps.
+    """Conjugate gradients on the system of seed 0 from several starts: index start and steps.
 
-    Columns: ``residual`` (the geometric mean of medians over tensors), ``test`` and ``validation``.
+    Columns: ``residual`` (the median over tensors), ``test`` and ``validation``.
     """
-    table = _read("curvature-steps.csv")
-    groups = table.assign(residual=table["residual"].clip(lower=1e-12).map(_log)).groupby(
-        ["start", "steps"], sort=False
-    )
-    means = groups[["residual", "test", "validation"]].mean()
-    return means.assign(residual=10 ** means["residual"])
-
-
-def _log(number: float) -> float:
-    return float(torch.tensor(number, dtype=torch.float64).log10())
+    return _read("curvature-steps.csv").set_index(["start", "steps"])[["residual", "test", "validation"]]
 
 
 def _read(name: str) -> pd.DataFrame:
