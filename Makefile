@@ -1,6 +1,6 @@
 # make book   run every chapter and build the site
 # make test   check everything: style, types, tests, and every chapter's outputs
-# make parity compare the methods with mergekit and fusion-bench
+# make parity compare the methods with mergekit and fusion-bench, K-FAC with curvlinops
 # make lab    open the first chapter in JupyterLab
 # make course write the chapters for students and for instructors: course/
 PYTHON ?= python3
@@ -8,6 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The packages that the methods are compared with have an environment of their own.
 PARITY := .venv-parity
+# What curvlinops needs and the others do not bring. It also asks for torchvision, which only its examples use; without
+# it there is no build that may not fit torch.
+CURVLINOPS := curvlinops-for-pytorch backpack-for-pytorch einconv einops linear_operator opt_einsum unfoldNd
 JOBS ?= 2
 # Chapters are committed without progress bars; one thread is fastest for small models.
 RUN := TQDM_DISABLE=1 OMP_NUM_THREADS=1 PYDEVD_DISABLE_FILE_VALIDATION=1
@@ -66,6 +69,7 @@ benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/merge_files.py
 	$(BIN)/python benchmarks/disentangle.py
 	$(BIN)/python benchmarks/vit.py
+	$(BIN)/python benchmarks/conjugate_gradient.py --write
 
 # The same, beside mergekit and fusion-bench.
 benchmark-peers: $(VENV)/.ready $(PARITY)/.ready
@@ -81,6 +85,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt tools/setup_env.py
 
 $(PARITY)/.ready: constraints.txt tests/parity/constraints.txt tools/setup_env.py
 	@$(PYTHON) tools/setup_env.py $(PARITY) --constraint tests/parity/constraints.txt fusion-bench mergekit pytest
+	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--constraint tests/parity/constraints.txt $(CURVLINOPS)
 	@touch $@
 
 clean:

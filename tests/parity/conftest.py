@@ -8,6 +8,8 @@ import torch
 with warnings.catch_warnings():  # what the peers' dependencies deprecate among themselves is not our concern
     warnings.simplefilter("ignore")
     try:
+        import curvlinops  # noqa: F401
+
         from tests.parity.checkpoints import Checkpoints
     except ModuleNotFoundError as missing:
         pytest.exit(f"{missing.name} is not installed here: these tests are run by `make parity`.", returncode=1)

@@ -27,4 +27,5 @@ def test_all_versions_are_pinned_once():
 
 
 def test_versions_of_the_peers():
-    assert (version("mergekit"), version("fusion-bench")) == ("0.1.5", "0.2.33")
+    peers = "mergekit", "fusion-bench", "curvlinops-for-pytorch"
+    assert tuple(map(version, peers)) == ("0.1.5", "0.2.33", "3.0.1")
