@@ -14,7 +14,8 @@ Importing the package needs torch alone; timm, pandas, matplotlib and ipywidgets
 
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lite import calibrated, data_free
+from mergekit_lite import adaptive, calibrated, data_free
+from mergekit_lite.adaptive import *  # noqa: F403  (all methods; each stands in adaptive.__all__)
 from mergekit_lite.calibrated import *  # noqa: F403  (all methods; each stands in calibrated.__all__)
 from mergekit_lite.checkpoints import CheckpointError, load, merge_files, save
 from mergekit_lite.data_free import *  # noqa: F403  (all methods; each stands in data_free.__all__)
@@ -41,7 +42,7 @@ __all__ = [
     "methods_table",
     "save",
 ]
-__all__ += data_free.__all__ + calibrated.__all__
+__all__ += data_free.__all__ + calibrated.__all__ + adaptive.__all__
 
 
 def __getattr__(name: str) -> Any:

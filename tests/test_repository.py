@@ -127,13 +127,23 @@ def test_layers_of_the_house():
     """Below everything lies task_vectors; a method imports it and nothing of the suites or the lab."""
     allowed = {
         "data_free": {"checkpoints", "registry", "task_vectors", "selection", "geometry", "data_free"},
-        "suites": {"checkpoints", "task_vectors", "geometry", "linearization", "data_free", "suites"},
-        "lab": {"checkpoints", "task_vectors", "selection", "geometry", "linearization", "data_free", "suites", "lab"},
+        "calibrated": {"checkpoints", "registry", "task_vectors", "geometry", "calibrated", "data_free"},
+        "adaptive": {"checkpoints", "registry", "task_vectors", "geometry", "adaptive", "data_free"},
+        "suites": {"checkpoints", "task_vectors", "geometry", "linearization", "data_free", "calibrated", "suites"},
+    }
+    allowed["lab"] = {*allowed["suites"], "selection", "adaptive", "lab"}
+    of_data_free = {
+        "calibrated": {"average", "depth"},  # RegMean++ starts from the average and goes by depth
+        "adaptive": {"ties", "dare"},  # AdaMerging++ takes TIES' first two steps; seeds are drawn as for DARE
     }
     for folder, below in allowed.items():
         for path in (ROOT / "mergekit_lite" / folder).rglob("*.py"):
-            imported = set(re.findall(r"^\s*(?:from|import) mergekit_lite\.(\w+)", path.read_text(), re.MULTILINE))
+            text = path.read_text()
+            imported = set(re.findall(r"^\s*(?:from|import) mergekit_lite\.(\w+)", text, re.MULTILINE))
             assert imported <= below, f"{path.name} imports {imported - below}"
+            if folder in of_data_free:
+                parts = set(re.findall(r"mergekit_lite\.data_free\.?(\w*)", text))
+                assert parts <= of_data_free[folder], f"{path.name} imports {parts} of data_free"
 
 
 # ---------------------------------------------------------------- chapters

@@ -43,7 +43,7 @@ class Diagonal:
 
     def __call__(self, v: Tensor) -> Tensor:
         """C V: every entry times its number."""
-        return self.values * v
+        return self.values.to(v) * v
 
     def diagonal(self, like: Tensor) -> Tensor:
         """The matrix's diagonal, in the shape of a tensor `like` the weight."""
@@ -126,9 +126,9 @@ class Kronecker:
         """C V = B V A, group by group."""
         product = self.matrices(v)
         if self.outputs is not None:
-            product = self.outputs @ product
+            product = self.outputs.to(v) @ product
         if self.inputs is not None:
-            product = product @ self.inputs
+            product = product @ self.inputs.to(v)
         return product.reshape(v.shape)
 
     def diagonal(self, like: Tensor) -> Tensor:

@@ -1,0 +1,271 @@
+r"""Adapting a merge to inputs without labels: what AdaMerging, Concrete and WEMoE have in common.
+
+A merge has a few numbers left to choose (coefficients, a mask, a router). It is shown unlabelled inputs of every task,
+and the numbers descend to where its predictions are most certain. How uncertain a prediction is says its entropy,
+
+.. math:: H(x) = -\sum_c p_c(x) \log p_c(x) \quad\text{in nats}, \qquad p(x) = \mathrm{softmax}(\text{logits of } x),
+
+from 0 (all on one class) to the logarithm of the number of classes (all classes alike). To be certain is not to be
+right, and a network that always gives one answer is the most certain of all. It works as long as the merge starts near
+a good one, where certain predictions are more often right than others: look at the accuracy, too.
+
+- `entropy`: the mean H over the inputs.
+- `draws`: an endless row of random batches, one batch of every task at a time.
+- `EntropyOfWeights`: what entropies some weights lead to, and the gradient by the weights.
+- `adapt`: the loop. It knows nothing about merging: it is given an optimiser and a function that fills in gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_lite.adaptive.history import History
+from mergekit_lite.data_free.dare import draw_seed
+from mergekit_lite.task_vectors import TaskVectors
+
+T = TypeVar("T")
+
+Head = Callable[[Tensor], Tensor]  # from the model's outputs to logits (images, classes)
+Batch = Tensor | Sequence[Tensor]  # inputs, or inputs and labels, which are not looked at
+Draw = Callable[[int, torch.Generator], Tensor]  # draw(n, generator): n inputs, at random
+Images = Mapping[str, Tensor | Sequence[Batch] | Draw]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """The mean entropy of softmax(logits), in nats, over all but the last axis; a logit may be minus infinity.
+
+    Examples:
+        >>> entropy(torch.zeros(10, 2))  # log 2
+        tensor(0.6931)
+    """
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits  # half precision is too coarse for a sum
+    log_p = logits.log_softmax(-1)
+    # A probability of 0 has a logarithm of minus infinity; their product is 0, not NaN.
+    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1).mean()
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def draws(images: Images, size: int, generator: torch.Generator | None = None) -> Iterator[dict[str, Tensor]]:
+    """Random batches of every task, without end; an input comes at most once per batch.
+
+    Args:
+        images: by task, as the network takes them (prepare them once): a tensor of inputs, first axis inputs; or a list
+            of batches, each a tensor or a pair of inputs and labels, of which the labels are not looked at. Or, for
+            inputs that do not fit in memory, a function ``draw(n, generator)`` that returns n of them.
+        size: inputs per task and batch; all, if a task has no more.
+        generator: gives the seed; by default one with seed 0. Every task draws by itself, so its draws do not depend on
+            what other tasks there are.
+
+    Raises:
+        ValueError: a size below 1, no tasks, or a task without inputs.
+    """
+    if size < 1:
+        raise ValueError(f"a batch has at least one image per task; got {size}.")
+    if not images:
+        raise ValueError("no images: there must be some of at least one task.")
+    drawers = {task: _drawer(task, given) for task, given in images.items()}
+    seed = draw_seed(generator)
+    generators = {task: torch.Generator().manual_seed(zlib.crc32(f"{seed} {task}".encode())) for task in images}
+
+    def endless() -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield {task: draw(size, generators[task]) for task, draw in drawers.items()}
+
+    return endless()
+
+
+def _drawer(task: str, given: Tensor | Sequence[Batch] | Draw) -> Draw:
+    if callable(given):
+        return given
+    parts = [given] if isinstance(given, Tensor) else [b if isinstance(b, Tensor) else b[0] for b in given]
+    if sum(map(len, parts)) == 0:
+        raise ValueError(f"no images of the task '{task}'.")
+    inputs = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return lambda size, generator: inputs[torch.randperm(len(inputs), generator=generator)[:size].to(inputs.device)]
+
+
+# ---------------------------------------------------------------- entropies as a function of the weights
+
+
+class EntropyOfWeights:
+    r"""The mean entropy of every task's predictions at some weights, and the gradient of their sum by the weights.
+
+    That gradient is all a merge needs. If its weights :math:`\theta` are a function of a few numbers :math:`\lambda`,
+    the chain rule does the rest, :math:`\nabla_\lambda = (\partial\theta/\partial\lambda)^\top \nabla_\theta`, and
+    nobody differentiates through merge and network at once.
+
+    A copy of the model is used, in inference mode, so that images do not influence each other and statistics of
+    normalisation do not move. They and other buffers are taken from the weights, too, but have no gradient.
+
+    Args:
+        model: a network that the weights fit. Tensors of it that `tv` does not have stay as they are.
+        heads: by task, from the network's outputs to logits (images, classes); `torch.nn.Identity()`, if the outputs
+            are the logits.
+        tv: the task vectors; the names of their tensors are those of the weights.
+
+    Raises:
+        KeyError: the network lacks a tensor of the task vectors.
+        ValueError: the network has one tensor where the task vectors have two.
+        RuntimeError: a tensor has another shape in the network.
+    """
+
+    def __init__(self, model: nn.Module, heads: Mapping[str, Head], tv: TaskVectors) -> None:
+        self.heads = heads
+        self.network = copy.deepcopy(model).eval().requires_grad_(False)
+        lacking = self.network.load_state_dict(dict(tv.base), strict=False).unexpected_keys
+        if lacking:
+            raise KeyError(f"the model has no tensor '{lacking[0]}', which the task vectors have.")
+        tensors = self.network.state_dict(keep_vars=True)
+        self._tensors = {name: tensors[name] for name in tv._float_names()}
+        if len({id(tensor) for tensor in self._tensors.values()}) < len(self._tensors):
+            raise ValueError("the model uses one tensor under two names (tied weights), but its task vectors differ.")
+        self._parameters = [t.requires_grad_() for t in self._tensors.values() if isinstance(t, nn.Parameter)]
+
+    def __call__(
+        self, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Entropies by task, and the gradient by name; there is none for buffers and for what the network does not use.
+
+        Args:
+            weights: a tensor for every name of the task vectors' tensors.
+            batch: inputs by task.
+
+        Raises:
+            KeyError: a task has no head.
+            ValueError: a head's outputs are no logits.
+        """
+        with torch.no_grad():
+            for name, weight in weights.items():
+                self._tensors[name].copy_(weight)
+        self.network.zero_grad()
+        entropies = {}
+        for task, inputs in batch.items():
+            with torch.enable_grad():
+                loss = entropy(self._logits(task, inputs))
+                # Gradients of the tasks add up. What one task's pass kept in memory is freed before the next begins.
+                loss.backward(inputs=self._parameters)
+            entropies[task] = loss.item()
+        return entropies, {name: t.grad for name, t in self._tensors.items() if t.grad is not None}
+
+    def _logits(self, task: str, inputs: Tensor) -> Tensor:
+        if task not in self.heads:
+            raise KeyError(f"no head for the task '{task}'; there are heads for {', '.join(self.heads)}.")
+        logits = self.heads[task](self.network(inputs.to(self._parameters[0].device)))
+        if logits.ndim < 2 or len(logits) != len(inputs):
+            raise ValueError(
+                f"the head of '{task}' makes a tensor of shape {tuple(logits.shape)} from {len(inputs)} images; "
+                "expected logits (images, classes)."
+            )
+        return logits
+
+
+# ---------------------------------------------------------------- the loop
+
+
+class DivergenceError(FloatingPointError):
+    """A loss or its gradient became NaN or infinite. That step was not taken, and nothing before it is lost.
+
+    Attributes:
+        history: of the steps before.
+        reached: what the method would have returned for the steps before; with it one can go on.
+    """
+
+    history: History | None = None
+    reached: Any = None
+
+
+def adapt(
+    optimizer: torch.optim.Optimizer,
+    objective: Callable[[T], Mapping[str, float]],
+    batches: Iterable[T],
+    *,
+    steps: int,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    record: Callable[[], Mapping[str, Mapping[str, float]]] | None = None,
+    measure: Callable[[], Mapping[str, float]] | None = None,
+    every: int = 50,
+    patience: int | None = None,
+    progress: bool = True,
+) -> History:
+    """Descend on the tasks' losses, step by step, until the steps are done or the loss has settled.
+
+    Args:
+        optimizer: of the parameters to adapt, such as ``torch.optim.Adam([coefficients])``.
+        objective: takes a batch, returns the tasks' losses at the parameters as they are, by task, and adds the
+            gradient of their sum to the parameters' ``grad``, which were cleared before.
+        batches: a batch per step, such as `draws` makes.
+        steps: at most.
+        schedule: of the learning rate, moved on after every step.
+        record: numbers to keep at every step, by quantity and name.
+        measure: accuracies by name, to keep at the start, every few steps and at the end. The descent ignores them.
+        every: how many steps apart accuracies are measured.
+        patience: stop as soon as the mean loss of the last so many steps is not below that of as many steps before.
+            By default all steps are done.
+        progress: show a progress bar.
+
+    Returns:
+        The losses as ``"entropy"``, what `record` returned, and the accuracies as ``"accuracy"``.
+
+    Raises:
+        DivergenceError: a loss or a gradient is not finite. The parameters are as the step before left them.
+        ValueError: a number of steps that makes no sense.
+    """
+    from tqdm.auto import tqdm
+
+    if steps < 0 or every < 1 or (patience is not None and patience < 1):
+        raise ValueError(
+            f"steps must not be negative, every and patience at least 1; got {steps}, {every}, {patience}."
+        )
+    history, means = History(seen={"entropy": {}}), list[float]()
+
+    def look(measured: bool) -> None:
+        for quantity, values in (record() if record else {}).items():
+            history.add(quantity, history.steps, values)
+        if measure and measured:
+            history.add("accuracy", history.steps, measure())
+
+    with tqdm(total=steps, desc="adapt", unit="step", disable=None if progress else True) as bar:
+        for _, batch in zip(range(steps), batches, strict=False):
+            look(measured=history.steps % every == 0)
+            optimizer.zero_grad()
+            losses = objective(batch)
+            _check_finite(losses, optimizer, history)
+            history.add("entropy", history.steps, losses)
+            optimizer.step()
+            if schedule:
+                schedule.step()
+            history.steps += 1
+            means.append(sum(losses.values()) / len(losses))
+            bar.set_postfix(entropy=f"{means[-1]:.3f}", refresh=False)
+            bar.update()
+            if patience and _settled(means, patience):
+                break
+    look(measured=True)
+    return history
+
+
+def _settled(losses: Sequence[float], patience: int) -> bool:
+    return len(losses) >= 2 * patience and sum(losses[-patience:]) >= sum(losses[-2 * patience : -patience])
+
+
+def _check_finite(losses: Mapping[str, float], optimizer: torch.optim.Optimizer, history: History) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    bad = [f"the loss of '{task}' is {loss}" for task, loss in losses.items() if not math.isfinite(loss)]
+    if not bad and not all(torch.isfinite(p.grad).all() for p in parameters):
+        bad = ["the gradient is not finite"]
+    if bad:
+        problem = DivergenceError(
+            f"after {history.steps} steps {bad[0]}, so no further step was taken. Are the inputs finite? If so, try a "
+            "smaller learning_rate. What was reached so far is kept in this exception: its `reached` and `history`."
+        )
+        problem.history = history
+        raise problem
