@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+    from matplotlib.lines import Line2D
 
 # Okabe and Ito's palette: its colours differ in brightness too, so they survive colour blindness and print.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00", "#000000")
@@ -560,6 +561,366 @@ def plot_directions(panels: Mapping[str, Mapping[str, Tensor]]) -> Figure:
         axis.set_title(title, fontsize=10)
         axis.set(xlim=(-0.75, 1.4), ylim=(-0.45, 1.25), aspect="equal")
         axis.axis("off")
+    return figure
+
+
+def plot_bowls(
+    bowls: Mapping[str, tuple[Tensor, Tensor]],
+    points: Mapping[str, Tensor],
+    *,
+    levels: Sequence[float],
+    limits: tuple[float, float, float, float],
+    labels: tuple[str, str],
+) -> Figure:
+    r"""Quadratic bowls over the plane of two weights as contour lines, with named points.
+
+    Args:
+        bowls: by name, the lowest point (2,) and the matrix C (2, 2) of :math:`(\theta - m)^\top C\, (\theta - m)`.
+        points: (2,) by the name to write beside them.
+        levels: heights of the contour lines, rising.
+        limits: left, right, bottom, top.
+        labels: of the two axes.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.2, 3.9))
+    legend = _draw_bowls(axis, bowls, points, levels, limits)
+    axis.legend(handles=legend, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.set(xlabel=labels[0], ylabel=labels[1])
+    figure.tight_layout()
+    _name_points(axis, {name: (float(point[0]), float(point[1])) for name, point in points.items()})
+    return figure
+
+
+def _draw_bowls(
+    axis: Axes,
+    bowls: Mapping[str, tuple[Tensor, Tensor]],
+    points: Mapping[str, Tensor],
+    levels: Sequence[float],
+    limits: tuple[float, float, float, float],
+) -> list[Line2D]:
+    """Contour lines of each bowl in its colour and the points in black; returns the bowls' legend."""
+    from matplotlib.lines import Line2D
+
+    x, y = torch.linspace(*limits[:2], 201), torch.linspace(*limits[2:], 201)
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).double()
+    legend = []
+    for i, (name, (lowest, matrix)) in enumerate(bowls.items()):
+        away = grid - lowest
+        height = torch.einsum("yxi,ij,yxj->yx", away, matrix.double(), away)
+        axis.contour(x, y, height, levels=list(levels), colors=COLOURS[i % 8], linewidths=1.2, alpha=0.8)
+        legend.append(Line2D([], [], color=COLOURS[i % 8], label=name))
+    for i, (right, up) in enumerate(point.tolist() for point in points.values()):
+        axis.plot(right, up, "osD^vP*X"[i % 8], ms=7, color="black", mec="white")
+    axis.set(xlim=limits[:2], ylim=limits[2:], aspect="equal")
+    axis.spines[["top", "right"]].set_visible(False)
+    return legend
+
+
+def plot_ellipses(
+    panels: Mapping[str, tuple[Mapping[str, tuple[Tensor, Tensor]], Mapping[str, Tensor]]],
+    *,
+    levels: Sequence[float],
+    limits: tuple[float, float, float, float],
+    heights: Mapping[str, Mapping[str, float]] | None = None,
+    labels: tuple[str, str] = ("first weight", "second weight"),
+) -> Figure:
+    r"""Panels of quadratic bowls over two weights, each bowl with a cross at its lowest point, and what methods merge.
+
+    Args:
+        panels: by title: bowls as `plot_bowls` takes them, and points (2,) by name.
+        levels: heights of the contour lines, rising.
+        limits: left, right, bottom, top.
+        heights: by point, how high each bowl is there; drawn as stacked bars beside the panels.
+        labels: of the two axes.
+    """
+    import matplotlib.pyplot as plt
+
+    width = 3.1 * (limits[1] - limits[0]) / (limits[3] - limits[2])
+    size = ((width + 0.7) * len(panels) + (3.6 if heights else 0), 4.0)
+    widths = [width] * len(panels) + ([2.6] if heights else [])
+    figure, axes = plt.subplots(
+        1, len(widths), figsize=size, squeeze=False, layout="constrained", gridspec_kw={"width_ratios": widths}
+    )
+    named = []
+    for axis, (title, (bowls, points)) in zip(axes.flat, panels.items(), strict=False):
+        legend = _draw_bowls(axis, bowls, points, levels, limits)
+        for i, (lowest, _) in enumerate(bowls.values()):
+            axis.plot(*lowest.tolist(), "+", ms=11, mew=2.5, color=COLOURS[i % 8])
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel=labels[0], ylabel=labels[1])
+        named.append((axis, {name: (float(point[0]), float(point[1])) for name, point in points.items()}))
+    figure.legend(handles=legend, fontsize=8, frameon=False, loc="outside lower center", ncols=len(legend))
+    if heights:
+        _draw_heights(axes.flat[-1], heights)
+    for axis, places in named:
+        _name_points(axis, places)
+    return figure
+
+
+def _draw_heights(axis: Axes, heights: Mapping[str, Mapping[str, float]]) -> None:
+    """Stacked bars: how high each bowl is at each point, and the sum in numbers."""
+    methods = list(heights)
+    bottom = torch.zeros(len(methods)).double()
+    for i, bowl in enumerate(next(iter(heights.values()))):
+        part = torch.tensor([heights[name][bowl] for name in methods]).double()
+        axis.bar(methods, part.numpy(), 0.6, bottom=bottom.numpy(), color=COLOURS[i % 8])
+        bottom += part
+    for i, total in enumerate(bottom.tolist()):
+        axis.text(i, total, f"{total:.2f}", ha="center", va="bottom", fontsize=8)
+    axis.set_ylabel("sum of the losses")
+    axis.tick_params(axis="x", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def plot_surfaces(
+    panels: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]],
+    grid: Sequence[float],
+    *,
+    levels: Sequence[float],
+    labels: Mapping[str, tuple[str, str]],
+    unit: str,
+) -> Figure:
+    r"""Measured surfaces over two directions in colours, and the ellipses that matrices predict for the same heights.
+
+    Args:
+        panels: by title: heights (n, n), row i at grid[i] of the first direction, column j at grid[j] of the second;
+            and matrices C (2, 2) by name, whose ellipses are :math:`\tfrac12 s^\top C s`, solid, dashed, dotted.
+        grid: the n positions.
+        levels: heights at which the colours change and the ellipses are drawn, rising from 0.
+        labels: of the two axes, by title.
+        unit: what the heights are.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.1 * len(panels) + 1, 4.6), squeeze=False, layout="constrained"
+    )
+    fine = torch.linspace(float(grid[0]), float(grid[-1]), 151).double()
+    plane = torch.stack(torch.meshgrid(fine, fine, indexing="xy"), dim=-1)
+    styles = ("-", "--", ":")
+    for axis, (title, (heights, matrices)) in zip(axes.flat, panels.items(), strict=True):
+        # The first direction goes to the right, so rows and columns change places.
+        drawn = axis.contourf(grid, grid, heights.T, levels=list(levels), cmap="cividis", extend="max")
+        legend = []
+        for (name, matrix), style in zip(matrices.items(), styles, strict=False):
+            ellipses = 0.5 * torch.einsum("yxi,ij,yxj->yx", plane, matrix.double(), plane)
+            axis.contour(
+                fine, fine, ellipses, levels=list(levels[1:]), colors="white", linestyles=style, linewidths=1.4
+            )
+            legend.append(Line2D([], [], color="black", ls=style, label=name))
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel=labels[title][0], ylabel=labels[title][1], aspect="equal")
+    figure.legend(handles=legend, fontsize=9, frameon=False, loc="outside lower center", ncols=len(legend))
+    figure.colorbar(drawn, ax=axes, label=unit, shrink=0.85)
+    return figure
+
+
+def plot_patches(image: Tensor, columns: Tensor, gram: Tensor, *, corner: tuple[int, int], kernel: int) -> Figure:
+    """A convolution's inputs as a matrix: an image with one patch framed, patches as columns, their Gram matrix.
+
+    Args:
+        image: what the convolution reads, (h, w) or (h, w, 3), from 0 to 1.
+        columns: the numbers that the kernel sees, a column per place, (i, places).
+        gram: A, (i, i).
+        corner: of the framed patch: row and column of its first pixel. It is the first column.
+        kernel: its width.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(10, 3.3), layout="constrained", width_ratios=(1, 1.7, 1.15)
+    )
+    left.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+    left.add_patch(Rectangle((corner[1] - 0.5, corner[0] - 0.5), kernel, kernel, fill=False, ec=COLOURS[3], lw=2))
+    left.set_title("image", fontsize=9)
+    left.axis("off")
+    limit = float(columns.abs().max()) or 1.0
+    drawn = middle.imshow(columns.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="none")
+    middle.add_patch(Rectangle((-0.5, -0.5), 1, len(columns), fill=False, ec=COLOURS[3], lw=2, clip_on=False))
+    middle.set(xlabel="place", ylabel="input")
+    middle.set_title("inputs X: a patch is a column", fontsize=9)
+    figure.colorbar(drawn, ax=middle, shrink=0.8)
+    limit = float(gram.abs().max()) or 1.0
+    drawn = right.imshow(gram.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="none")
+    right.set(xlabel="input", ylabel="input")
+    right.set_title("A, their Gram matrix", fontsize=9)
+    figure.colorbar(drawn, ax=right, shrink=0.8)
+    return figure
+
+
+def plot_regression(
+    shares: Mapping[str, Tensor],
+    errors: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+    tasks: Sequence[str],
+    *,
+    title: str = "",
+) -> Figure:
+    """Whose a layer's inputs are, and the error of merges along each direction of them.
+
+    Args:
+        shares: how much of an input is the first task's, from 0 to 1, (n,) by the kind of input; drawn in order.
+        errors: by merge, for n directions: the first task's shares; errors in units of the squared difference between
+            the two experts (those above 1 are drawn at 1); and what the direction counts, which is a dot's area.
+        tasks: the two names.
+        title: of the figure.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    for i, (name, values) in enumerate(shares.items()):
+        style = {"lw": 2, "ls": ("-", "--", ":")[i % 3], "color": COLOURS[i % 8]}
+        left.plot(torch.linspace(0, 1, len(values)), values.sort().values, label=name, **style)
+    left.axhline(0.5, color="gray", lw=1, zorder=0)
+    left.set(xlabel="inputs in order, from the first to the last", ylabel=f"share of {tasks[0]}", ylim=(-0.03, 1.03))
+    curve = torch.linspace(0, 1, 101)
+    right.axhline(0.25, color="black", lw=1.5, ls="--", label="average: 1/4")
+    right.plot(curve, curve * (1 - curve), color="gray", lw=1.5, label="the best: s(1 - s)")
+    for i, (name, (s, error, counts)) in enumerate(errors.items()):
+        areas = 2 + 1500 * counts / counts.sum()
+        right.scatter(s, error.clamp(max=1), areas, color=COLOURS[(3, 2, 4)[i % 3]], alpha=0.5, lw=0, label=name)
+    right.set(xlabel=f"share s: {tasks[1]} alone at 0, {tasks[0]} alone at 1", ylabel="error along the direction")
+    right.set_ylim(-0.02, 1.02)
+    for axis in (left, right):
+        where = {"loc": "upper left" if axis is left else "upper center", "frameon": axis is right, "framealpha": 0.8}
+        for handle in axis.legend(fontsize=8, **where).legend_handles:
+            if hasattr(handle, "set_sizes"):
+                handle.set_sizes([30])
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_kronecker(a: Tensor, b: Tensor) -> Figure:
+    """Two small matrices and their Kronecker product, with every entry written as the product that it is.
+
+    Args:
+        a: (n, n); each of its entries becomes a block, framed in a colour of its own.
+        b: (m, m).
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    product, n, m = torch.kron(a, b), len(a), len(b)
+    limit = 1.6 * float(product.abs().max())
+    size = (1.05 * (n + m + n * m) + 0.5, 1.05 * n * m + 0.4)
+    figure, axes = plt.subplots(1, 3, figsize=size, layout="constrained", width_ratios=(n, m, n * m))
+    for axis, matrix, title in zip(axes, (a, b, product), ("A", "B", "A ⊗ B"), strict=True):
+        _draw_block(axis, matrix, limit)
+        axis.set_title(title)
+        for i, row in enumerate(matrix.tolist()):
+            for j, value in enumerate(row):
+                factors = f"{a[i // m, j // m]:g} · {b[i % m, j % m]:g}\n= " if matrix is product else ""
+                axis.text(j, i, f"{factors}{value:g}", ha="center", va="center", fontsize=9)
+        width = {"A": 1, "B": 0}.get(title, m)
+        for k in range(n * n if width else 0):
+            corner = (k % n * width - 0.46, k // n * width - 0.46)
+            axis.add_patch(Rectangle(corner, width - 0.08, width - 0.08, fill=False, ec=COLOURS[k % 8], lw=3))
+    return figure
+
+
+def plot_large_matrices(matrices: Mapping[str, Tensor]) -> Figure:
+    """Large matrices side by side, without numbers: red above zero, blue below, each with a scale of its own.
+
+    Small entries are made visible: a colour's depth goes with the root of an entry.
+
+    Args:
+        matrices: (n, n) each, by title.
+    """
+    import matplotlib.pyplot as plt
+
+    size = (2.9 * len(matrices), 3.2)
+    figure, axes = plt.subplots(1, len(matrices), figsize=size, squeeze=False, layout="constrained")
+    for axis, (title, matrix) in zip(axes.flat, matrices.items(), strict=True):
+        roots = matrix.sign() * matrix.abs().sqrt()
+        _draw_block(axis, roots, 0.7 * float(roots.abs().max()) or 1.0)
+        axis.set_title(title, fontsize=10)
+    return figure
+
+
+def plot_kernels(rows: Mapping[str, tuple[Tensor, Sequence[float]]]) -> Figure:
+    """Small colour kernels in rows, each scaled to its largest entry, with a number above each.
+
+    Args:
+        rows: kernels (n, 3, height, width) and n numbers, by the name to write before the row.
+    """
+    import matplotlib.pyplot as plt
+
+    count = max(len(numbers) for _, numbers in rows.values())
+    size = (1.05 * count + 1.2, 1.3 * len(rows))
+    figure, axes = plt.subplots(len(rows), count, figsize=size, squeeze=False, layout="constrained")
+    for line, (name, (kernels, numbers)) in zip(axes, rows.items(), strict=True):
+        for axis, kernel, number in zip(line, kernels, numbers, strict=False):
+            pixels = kernel / (2 * kernel.abs().max().clamp_min(1e-12)) + 0.5
+            axis.imshow(pixels.permute(1, 2, 0).float().numpy())
+            axis.set_title(f"{number:.2g}", fontsize=8)
+        for axis in line:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        line[0].set_ylabel(name, fontsize=8)
+    return figure
+
+
+def plot_descents(panels: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]]) -> Figure:
+    """Ways to the bottom of bowls in the plane, over the bowls' contour lines.
+
+    Args:
+        panels: by title, the matrix (2, 2) of a bowl with its lowest point at the origin, and ways (steps, 2) by name.
+    """
+    import matplotlib.pyplot as plt
+
+    size = (4.1 * len(panels) + 0.4, 3.9)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for axis, (title, (matrix, ways)) in zip(axes.flat, panels.items(), strict=True):
+        reach = 1.15 * max(float(way.abs().max()) for way in ways.values()) or 1.0
+        line = torch.linspace(-reach, reach, 121, dtype=torch.float64)
+        grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)
+        height = torch.einsum("yxi,ij,yxj->yx", grid, matrix.double(), grid)
+        top = max(float(way[0] @ matrix @ way[0]) for way in ways.values())
+        levels = [top * 0.45**k for k in range(7, -2, -1)]
+        axis.contour(line, line, height, levels=levels, colors="lightgray", linewidths=1)
+        for i, (name, way) in enumerate(ways.items()):
+            style = {
+                "marker": "os"[i % 2],
+                "ms": 4,
+                "lw": 1.6,
+                "ls": ("-", "--")[i % 2],
+                "color": COLOURS[(3, 0)[i % 2]],
+            }
+            steps = len(way) - 1
+            axis.plot(*way.T.numpy(), label=f"{name}: {steps} step" + "s" * (steps != 1), **style)
+        axis.plot(0, 0, "*", color="black", ms=10, zorder=5)
+        axis.set_title(title, fontsize=10)
+        axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0.0), frameon=False)
+    return figure
+
+
+def plot_convergence(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, bound: Sequence[float] | None = None
+) -> Figure:
+    """Conjugate gradients, step by step: the residual, and how far the solution still is; both axes logarithmic.
+
+    Args:
+        curves: residuals and distances from the start on, by name.
+        bound: what the distance cannot exceed, drawn as a thin line.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True, layout="constrained")
+    for axis, what in zip(axes, ("residual", "distance to the solution"), strict=True):
+        for i, (name, both) in enumerate(curves.items()):
+            values = both[what != "residual"]
+            style = {"color": COLOURS[i % 8], "lw": 2, "ls": ("-", "--", ":", "-.")[i % 4]}
+            axis.plot(range(len(values)), values, label=name, **style)
+        axis.set_title(what, fontsize=10)
+        axis.set(xlabel="step", xscale="symlog", yscale="log")
+        axis.spines[["top", "right"]].set_visible(False)
+    if bound is not None:
+        axes[1].plot(range(len(bound)), bound, color="black", lw=0.8, label="bound")
+    axes[1].legend(fontsize=8, frameon=False, loc="lower left")
     return figure
 
 

@@ -7,17 +7,34 @@ few settings. Each figure carries its result in words as its label, which the ex
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mergekit_lite.calibrated import input_grams
+from mergekit_lite.calibrated.regmean import least_squares
 from mergekit_lite.data_free import disentangle, task_arithmetic, ties, trim
 from mergekit_lite.data_free.ties import disjoint_merge, elect
 from mergekit_lite.data_free.tsv import singular_triples
 from mergekit_lite.geometry import cosines as angles
 from mergekit_lite.geometry import rows_of, slopes, turned
-from mergekit_lite.lab.plots import plot_curves, plot_disentangled, plot_election, plot_merges, plot_spectra
+from mergekit_lite.lab.landscape import ellipse, heights_at, merged_points
+from mergekit_lite.lab.plots import (
+    plot_curves,
+    plot_descents,
+    plot_disentangled,
+    plot_election,
+    plot_ellipses,
+    plot_merges,
+    plot_regression,
+    plot_spectra,
+)
+from mergekit_lite.lab.regression import common_directions, errors_along
 from mergekit_lite.lab.spectra import flattened, matrices, reshaped
+from mergekit_lite.lab.subspaces import bowl, direction, ways_down
 from mergekit_lite.suites.suite import Evaluation, Suite
 from mergekit_lite.task_vectors import TaskVectors
 
@@ -438,6 +455,185 @@ def explore_mixing(suite: Suite, merges: Mapping[str, Mapping[str, Tensor]], *, 
         first=widgets.Dropdown(options=names, value=names[0], description="from"),
         second=widgets.Dropdown(options=names, value=names[-1], description="to"),
         share=_slider("share of it", 0.5, (0.0, 1.0)),
+    )
+
+
+def bowls_at(
+    settings: Iterable[tuple[tuple[float, float], tuple[float, float]]], *, distance: float = 4.0, size: float = 1.0
+) -> Figure:
+    """Two bowls over two weights, and where the average, the diagonals and the whole matrices put the merge.
+
+    Args:
+        settings: for each panel, the angles (degrees) of both long axes, and the elongations of both bowls.
+        distance: between the two lowest points.
+        size: how strongly curved the second bowl is; the first has size 1.
+    """
+    panels, words = {}, []
+    experts = torch.zeros(2).double(), distance * F.normalize(torch.tensor([2.0, 1.0]).double(), dim=0)
+    for tilts, elongations in settings:
+        shapes = map(ellipse, tilts, elongations, (1.0, size))
+        bowls = {f"task {i}": bowl for i, bowl in enumerate(zip(experts, shapes, strict=True), start=1)}
+        points = merged_points(bowls)
+        heights = {name: heights_at(bowls, point) for name, point in points.items()}
+        title = "angles {:g}° and {:g}°, elongations {:g} and {:g}".format(*tilts, *elongations)
+        panels[title] = bowls, points
+        sums = ", ".join(f"{name} {sum(height.values()):.2f}" for name, height in heights.items())
+        words.append(f"{title}: sum of the losses {sums}")
+    seen = torch.stack([*experts, *(point for _, points in panels.values() for point in points.values())])
+    (left, bottom), (right, top) = (seen.amin(0) - 1.5).tolist(), (seen.amax(0) + 1.5).tolist()
+    figure = plot_ellipses(
+        panels,
+        levels=(0.3, 1.2, 2.7),
+        limits=(left, right, bottom, top),
+        heights=heights if len(panels) == 1 else None,
+    )
+    figure.set_label("\n".join(words))
+    return figure
+
+
+def explore_bowls() -> Any:
+    """Sliders for two quadratic bowls: tilt, stretch, move and strengthen them, and watch where methods merge.
+
+    Returns:
+        An ipywidgets container: sliders and the figure drawn by `bowls_at`.
+    """
+    return _explorer(
+        lambda first, second, long1, long2, distance, size: bowls_at(
+            [((first, second), (long1, long2))], distance=distance, size=size
+        ),
+        first=_slider("angle 1", 60.0, (-90.0, 90.0)),
+        second=_slider("angle 2", -20.0, (-90.0, 90.0)),
+        long1=_slider("elongation 1", 3.0, (1.0, 8.0)),
+        long2=_slider("elongation 2", 3.0, (1.0, 8.0)),
+        distance=_slider("distance", 4.0, (0.0, 8.0)),
+        size=_slider("size of 2", 1.0, (0.1, 10.0)),
+    )
+
+
+def regression_at(
+    suite: Suite,
+    layer: str,
+    tasks: Sequence[str],
+    *,
+    alpha: float = 1.0,
+    images: int = 25,
+    judged_on: int = 50,
+) -> Figure:
+    r"""RegMean of two tasks in one layer, judged on other images: whose inputs, and the error along each direction.
+
+    Left, how much of each single input, and of each common direction of the inputs, is the first task's. Right, the
+    squared error of the average and of RegMean along these directions.
+
+    Args:
+        suite: with experts.
+        layer: the name of a weight; no depthwise convolution's.
+        tasks: two names.
+        alpha: RegMean's, for what stands beside the diagonals.
+        images: training images per task that RegMean is given.
+        judged_on: validation images per task, for everything that is drawn.
+
+    Raises:
+        ValueError: not two tasks.
+        KeyError: there is no such layer, or it is a depthwise convolution.
+    """
+    if len(tasks) != 2:
+        raise ValueError(f"expected two tasks, got {len(tasks)}.")
+    taus = matrices(suite.task_vectors.subset(tasks))[layer]
+
+    def gram(task: str, count: int, split: str) -> Tensor:
+        batches = suite.calibration(task, count, split=split)
+        block = input_grams(suite.build(suite.experts[task]), batches, names=[layer])[layer]
+        return block.mixed(alpha if split == "train" else 1.0).factors()["inputs"]
+
+    merges = {
+        "average": taus.mean(0),
+        "RegMean": least_squares(taus, [gram(task, images, "train") for task in tasks]),
+    }
+    first, second = (gram(task, judged_on, "validation")[0] for task in tasks)
+    shares, directions = common_directions(first, second)
+    apart = ((taus[0] - taus[1]) @ directions).square().sum(0)  # the unit: how far the experts are apart
+    errors = {name: errors_along(merged, taus, shares, directions) for name, merged in merges.items()}
+    title = f"{layer}, alpha = {alpha:g}, {images} image{'s' if images > 1 else ''} per task"
+    figure = plot_regression(
+        {
+            "single inputs": first.diagonal() / (first + second).diagonal().clamp(min=1e-300),
+            "common directions": shares,
+        },
+        {"RegMean": (shares, errors["RegMean"] / apart.clamp(min=1e-300), apart)},
+        tasks,
+        title=title,
+    )
+    whole = {name: float(error.sum()) for name, error in errors.items()}
+    ratio = whole["RegMean"] / whole["average"]
+    figure.set_label(f"{title}: on other images RegMean's error is {ratio:.2f} of the average's")
+    return figure
+
+
+def explore_regression(suite: Suite, *, layer: str | None = None) -> Any:
+    """Menus of layers and pairs of tasks, sliders for RegMean's α and its images: watch the error along each direction.
+
+    Args:
+        suite: with experts.
+        layer: to begin with; by default the first.
+
+    Returns:
+        An ipywidgets container: the controls and the figure drawn by `regression_at`.
+    """
+    import ipywidgets as widgets
+
+    layers = list(matrices(suite.task_vectors))
+    pairs = {f"{a}, {b}": (a, b) for a, b in combinations(suite.experts, 2)}
+    return _explorer(
+        lambda layer, tasks, alpha, images: regression_at(suite, layer, pairs[tasks], alpha=alpha, images=images),
+        layer=widgets.Dropdown(options=layers, value=layer or layers[0], description="layer"),
+        tasks=widgets.Dropdown(options=list(pairs), description="two tasks"),
+        alpha=_slider("alpha", 1.0, (0.0, 1.0)),
+        images=widgets.SelectionSlider(options=[1, 2, 5, 10, 25, 50], value=25, description="images"),
+    )
+
+
+def descents_at(settings: Iterable[tuple[float, float, str]], *, start: float = 6.0) -> Figure:
+    """Steepest descent and conjugate gradients on a bowl in the plane, until a ten-thousandth of the height is left.
+
+    Args:
+        settings: a panel each: the bowl's elongation (its condition number), the angle of its valley in degrees, and
+            the preconditioner, ``"none"`` or ``"jacobi"``.
+        start: where to start from, on a circle around the lowest point: degrees from the valley.
+    """
+    panels, words = {}, []
+    for elongation, degrees, preconditioner in settings:
+        matrix = bowl(elongation, degrees)
+        jacobi = preconditioner == "jacobi"
+        # From 180 degrees on: the way leads from the left to the right.
+        ways = ways_down(matrix, direction(degrees + 180 - start), jacobi=jacobi)
+        title = f"κ = {elongation:g}, {degrees:g}°" + (", Jacobi" if jacobi else "")
+        panels[title] = matrix, ways
+        counts = ", ".join(f"{name} {len(way) - 1}" for name, way in ways.items())
+        words.append(f"{title}: steps: {counts}")
+    figure = plot_descents(panels)
+    figure.set_label("\n".join(words))
+    return figure
+
+
+def explore_descents() -> Any:
+    """Sliders for a bowl's elongation, its angle and the start, and a menu of preconditioners: two ways to the bottom.
+
+    Returns:
+        An ipywidgets container: the controls and the figure drawn by `descents_at`.
+    """
+    import ipywidgets as widgets
+
+    def slider(description: str, value: float, low: float, high: float) -> Any:
+        return widgets.FloatSlider(
+            value=value, min=low, max=high, step=1, description=description, continuous_update=False
+        )
+
+    return _explorer(
+        lambda elongation, degrees, start, way: descents_at([(elongation, degrees, way)], start=start),
+        elongation=slider("elongation", 10, 1, 100),
+        degrees=slider("angle", 30, 0, 90),
+        start=slider("start", 6, 0, 90),
+        way=widgets.Dropdown(options=["none", "jacobi"], description="precond."),
     )
 
 

@@ -12,7 +12,8 @@ from mergekit_lite.data_free.awd_solvers import objective
 from mergekit_lite.data_free.tsv import is_matrix
 from mergekit_lite.geometry import cosines, rows_of, slopes
 from mergekit_lite.lab import check
-from mergekit_lite.lab.exercises import Verdict, checking, exercise, exercises, part1, part2
+from mergekit_lite.lab.exercises import Verdict, checking, exercise, exercises, part1, part2, part3
+from mergekit_lite.lab.regression import common_directions
 
 
 def weighted(tv, heavy, weight=3.0):
@@ -174,7 +175,71 @@ def whitened(power):
     return function
 
 
+def squared_gradients(pieces=1, power=2, total=False, factor=1):
+    """The mean over images of the squared gradient, and ways to get it wrong."""
+
+    def function(model, x, y):
+        sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        for part in torch.arange(len(x)).split(pieces):
+            loss = torch.nn.functional.cross_entropy(model(x[part]), y[part])
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            for name, g in zip(sums, gradients, strict=True):
+                sums[name] += g**power
+        count = 1 if total else -(-len(x) // pieces)
+        return {name: factor * s / count for name, s in sums.items()}
+
+    return function
+
+
+def across(curvature, own=1.0):
+    """A bowl around (0, 0), and one around (2, 1) that is curved across the line between them alone."""
+    normal = torch.tensor([-1.0, 2.0]) / 5**0.5
+    return own * torch.eye(2), curvature * torch.outer(normal, normal)
+
+
+def from_gram(form):
+    """The squared error of a layer's outputs by some formula of D = W - W_k and A."""
+    return lambda weight, expert, gram: float(form(weight - expert, gram))
+
+
+def one_layer(weights, grams, *, keep=True, inverse=torch.linalg.pinv):
+    """RegMean of a layer, and ways to get it wrong."""
+    average = weights.mean(0) if keep else 0
+    return average + ((weights - average) @ grams).sum(0) @ inverse(grams.sum(0))
+
+
+def in_the_space(gram, candidates):
+    """Whether a candidate has no part outside of what the Gram matrix saw."""
+    sizes, vectors = torch.linalg.eigh(gram)
+    outside = candidates @ vectors[:, sizes < 1e-9 * sizes[-1]]
+    return outside.norm(dim=1) < 1e-6 * candidates.norm(dim=1)
+
+
+def onto(inputs, targets, size=lambda x: x.shape[1]):
+    """Least squares from inputs to targets, task by task divided by a size."""
+    pairs = list(zip(inputs, targets, strict=True))
+    return sum(y @ x.T / size(x) for x, y in pairs) @ torch.linalg.inv(sum(x @ x.T / size(x) for x, _ in pairs))
+
+
 # (exercise, an answer made from the task vectors, what the hint says); None where the answer is right.
+def bounded_steps(root=np.sqrt, factor=2.0, of=lambda error: error, whole=np.ceil):
+    """Steps until the bound on conjugate gradients is as low as an error, and ways to get it wrong."""
+
+    def steps(kappa, error):
+        rate = (root(kappa) - 1) / (root(kappa) + 1)
+        return int(whole(np.log(of(error) / factor) / np.log(rate)))
+
+    return steps
+
+
+def for_two_tasks(a, b, w):
+    """The K-FAC system of two tasks, in the coordinates in which all four matrices are diagonal."""
+    (s, u), (p, t) = common_directions(*a), common_directions(*b)
+    first, second = torch.outer(p, s), torch.outer(1 - p, 1 - s)
+    z = (first * (t.T @ w[0] @ u) + second * (t.T @ w[1] @ u)) / (first + second)
+    return torch.linalg.inv(t.T) @ z @ torch.linalg.inv(u)
+
+
 ANSWERS = [
     ("1.1.1", lambda tv: weighted(tv, "mnist"), None),
     ("1.1.1", mkl.average, "this is the plain average"),
@@ -351,6 +416,110 @@ ANSWERS = [
     ("2.6.5", lambda tv: lambda any_tv: mkl.task_arithmetic(any_tv[0], scale=1.0), "one of the experts"),
     ("2.6.5", lambda tv: lambda any_tv: mkl.task_arithmetic(any_tv.subset(any_tv.names[:2]), scale=0.4), "the order"),
     ("2.6.5", lambda tv: mkl.average, "two points more"),
+    ("3.1.1", lambda tv: [1.5, 0.0], None),
+    ("3.1.1", lambda tv: torch.tensor([2, 1]), "that is the average"),
+    ("3.1.1", lambda tv: [6.0, 0.0], "the right-hand side"),
+    ("3.1.1", lambda tv: [1.0, 1.0], "four times the identity"),
+    ("3.1.1", lambda tv: [1.5], "expected two numbers"),
+    ("3.1.2", lambda tv: lambda p: p.diag() - torch.outer(p, p), None),
+    ("3.1.2", lambda tv: lambda p: p.diag(), "1_c - p"),
+    ("3.1.2", lambda tv: lambda p: (p - p * p).diag(), "beside the diagonal are missing"),
+    ("3.1.2", lambda tv: lambda p: torch.outer(p, p), "what is subtracted"),
+    ("3.1.2", lambda tv: lambda p: (torch.eye(4) - p).T @ (torch.eye(4) - p) / 4, "all the same weight"),
+    ("3.1.2", lambda tv: lambda p: torch.eye(4), "multiply out"),
+    ("3.1.2", lambda tv: lambda p: p, "expected a matrix"),
+    ("3.1.3", lambda tv: lambda c, v: float(c.diagonal() @ v**2) / 2, None),
+    ("3.1.3", lambda tv: lambda c, v: float(v @ c @ v) / 2, "with the signs it has"),
+    ("3.1.3", lambda tv: lambda c, v: float(c.diagonal() @ v**2), "factor 1/2"),
+    ("3.1.3", lambda tv: lambda c, v: float(v.abs() @ c.abs() @ v.abs()) / 2, "pairs of entries cancel"),
+    ("3.1.3", lambda tv: lambda c, v: float(c.trace()) / 2, "square it"),
+    ("3.1.3", lambda tv: lambda c, v: 0.0, "is 0 for i ≠ j"),
+    ("3.1.4", lambda tv: squared_gradients(), None),
+    ("3.1.4", lambda tv: squared_gradients(pieces=7), "the square of the mean gradient"),
+    (
+        "3.1.4",
+        lambda tv: lambda m, x, y: {n: 49 * g for n, g in squared_gradients(7)(m, x, y).items()},
+        "added up before",
+    ),
+    ("3.1.4", lambda tv: squared_gradients(total=True), "not their sum"),
+    ("3.1.4", lambda tv: squared_gradients(power=1), "clear p.grad"),
+    ("3.1.4", lambda tv: lambda m, x, y: {}, "expected a dict"),
+    ("3.1.5", lambda tv: across(100.0), None),
+    ("3.1.5", lambda tv: across(5.0), "worse than the average"),
+    ("3.1.5", lambda tv: [[[8, -4], [-4, 4]], [[2, 2], [2, 6]]], "times what the average costs"),
+    ("3.1.5", lambda tv: across(100.0, own=0.0), "costs nothing here"),
+    ("3.1.5", lambda tv: across(-1.0), "negative eigenvalue"),
+    ("3.1.5", lambda tv: [torch.eye(3), torch.eye(3)], "must be a symmetric matrix"),
+    ("3.1.5", lambda tv: [torch.eye(2)], "expected two matrices"),
+    ("3.2.1", lambda tv: [2.0, 2.0], None),
+    ("3.2.1", lambda tv: [1.0, 2.0], "the average"),
+    ("3.2.1", lambda tv: [1.0, 4.0], "column by column"),
+    ("3.2.1", lambda tv: torch.tensor([2, 4]), "answered with 6"),
+    ("3.2.1", lambda tv: [3.0, 1.0], "both errors can be zero"),
+    ("3.2.1", lambda tv: [2.0], "expected two numbers"),
+    ("3.2.2", lambda tv: from_gram(lambda d, a: (d @ a @ d.T).trace()), None),
+    ("3.2.2", lambda tv: from_gram(lambda d, a: (d @ a).square().sum()), "A twice"),
+    ("3.2.2", lambda tv: from_gram(lambda d, a: (d.square() * a.diagonal()).sum()), "diagonal alone"),
+    ("3.2.2", lambda tv: from_gram(lambda d, a: d.square().sum() * a.trace()), "which inputs meet which weights"),
+    ("3.2.2", lambda tv: from_gram(lambda d, a: (d @ a @ d.T).sum()), "not the sum of all entries"),
+    ("3.2.2", lambda tv: from_gram(lambda d, a: (d @ a @ d.T).trace() / len(d)), "a sum over outputs"),
+    ("3.2.2", lambda tv: from_gram(lambda d, a: d.norm()), "as a trace of"),
+    ("3.2.3", lambda tv: one_layer, None),
+    ("3.2.3", lambda tv: lambda w, a: w.mean(0), "this is the average"),
+    ("3.2.3", lambda tv: lambda w, a: one_layer(w, a, keep=False), "you return 0"),
+    ("3.2.3", lambda tv: lambda w, a: w.sum(0), "is not the sum of W_k A_k"),
+    (
+        "3.2.3",
+        lambda tv: lambda w, a: one_layer(w, a.flip(0)),
+        "to the left",
+    ),
+    ("3.2.3", lambda tv: lambda w, a: torch.full((2, 5), torch.nan), "use the pseudo-inverse"),
+    ("3.2.3", lambda tv: lambda w, a: one_layer(w, torch.diag_embed(a.diagonal(dim1=1, dim2=2)), keep=False), "α = 0"),
+    ("3.2.3", lambda tv: lambda w, a: a.sum(0), "expected a weight of shape"),
+    ("3.2.4", lambda tv: in_the_space, None),
+    ("3.2.4", lambda tv: lambda a, c: [True] * 6, "were never seen"),
+    ("3.2.4", lambda tv: lambda a, c: ((c @ a) * c).sum(1) > 5, "how long a candidate is"),
+    ("3.2.4", lambda tv: lambda a, c: [False] * 6, "has no part along"),
+    ("3.2.4", lambda tv: lambda a, c: [True], "one answer for each"),
+    ("3.2.5", lambda tv: onto, None),
+    ("3.2.5", lambda tv: lambda x, y: onto(x, y, size=lambda x: 1), "counts twice"),
+    ("3.2.5", lambda tv: lambda x, y: onto(y, x), "of shape (3, 5)"),
+    ("3.2.5", lambda tv: lambda x, y: torch.zeros(3, 5), "each term divided"),
+    ("3.3.1", lambda tv: lambda a, b, v: (b @ v @ a).sum(0), None),
+    ("3.3.1", lambda tv: lambda a, b, v: b.sum(0) @ v @ a.sum(0), "the product of the sums"),
+    ("3.3.1", lambda tv: lambda a, b, v: (b @ v @ a).mean(0), "has the sum"),
+    ("3.3.1", lambda tv: lambda a, b, v: (b @ v + v @ a).sum(0), "one after the other"),
+    ("3.3.1", lambda tv: lambda a, b, v: (v @ a).sum(0), "RegMean's C"),
+    ("3.3.1", lambda tv: lambda a, b, v: (b @ v).sum(0), "outputs from the left"),
+    ("3.3.1", lambda tv: lambda a, b, v: (a @ v.T @ b).sum(0), "of v's shape"),
+    ("3.3.2", lambda tv: bounded_steps(), None),
+    ("3.3.2", lambda tv: bounded_steps(root=lambda kappa: kappa), "have its root"),
+    ("3.3.2", lambda tv: bounded_steps(factor=1), "factor 2"),
+    ("3.3.2", lambda tv: bounded_steps(of=np.sqrt), "not of its square"),
+    ("3.3.2", lambda tv: bounded_steps(whole=np.floor), "the next whole number"),
+    ("3.3.3", lambda tv: lambda g: lambda v: torch.einsum("n,noi->oi", (g * v).sum((1, 2)), g) / len(g), None),
+    ("3.3.3", lambda tv: lambda g: lambda v: (g.mean(0) * v).sum() * g.mean(0), "the mean of the outer products"),
+    ("3.3.3", lambda tv: lambda g: lambda v: g.square().mean(0) * v, "the diagonal alone"),
+    ("3.3.3", lambda tv: lambda g: lambda v: torch.einsum("n,noi->oi", (g * v).sum((1, 2)), g), "not a sum"),
+    (
+        "3.3.3",
+        lambda tv: lambda g: lambda v: v * torch.einsum("n,noi->oi", (g * v).sum((1, 2)), g) / len(g),
+        "one number per image",
+    ),
+    ("3.3.3", lambda tv: lambda g: lambda v: v, "the mean over images of"),
+    ("3.3.3", lambda tv: lambda g: g.mean(0), "return a function"),
+    ("3.3.3", lambda tv: lambda g: lambda v: g.mean((1, 2)), "V's shape"),
+    ("3.3.4", lambda tv: for_two_tasks, None),
+    ("3.3.4", lambda tv: lambda a, b, w: (w @ a).sum(0) @ torch.linalg.inv(a.sum(0)), "this is RegMean"),
+    ("3.3.4", lambda tv: lambda a, b, w: torch.linalg.inv(b.sum(0)) @ (b @ w).sum(0), "the inputs' matrices"),
+    (
+        "3.3.4",
+        lambda tv: lambda a, b, w: torch.linalg.inv(b.sum(0)) @ (b @ w @ a).sum(0) @ torch.linalg.inv(a.sum(0)),
+        "not the product of the sums' inverses",
+    ),
+    ("3.3.4", lambda tv: lambda a, b, w: w.mean(0), "this is the average"),
+    ("3.3.4", lambda tv: lambda a, b, w: w.sum(0), "put it into the system"),
+    ("3.3.4", lambda tv: lambda a, b, w: a[0], "expected a weight"),
 ]
 
 
@@ -358,8 +527,8 @@ ANSWERS = [
     ("number", "answer", "hint"), ANSWERS, ids=lambda x: x if isinstance(x, str) else "" if callable(x) else "right"
 )
 def test_right_answers_pass_and_wrong_ones_get_a_hint(number, answer, hint, suite, monkeypatch):
-    for module in (checking, part1, part2):
-        monkeypatch.setattr(module, "pocket8", lambda: suite)
+    for module in (checking, part1, part2, part3):
+        monkeypatch.setattr(module, "pocket8", lambda: suite, raising=False)
     verdict = check(number, answer(suite.task_vectors))
     assert bool(verdict) == (hint is None), verdict
     assert (hint or "right") in repr(verdict)
