@@ -15,7 +15,10 @@ def test_every_exported_method_is_recorded_with_its_source():
 
 
 def test_methods_can_be_asked_for_by_need():
-    assert set(mkl.methods(mkl.Need.WEIGHTS)) == set(mkl.methods())
+    by_need = [set(mkl.methods(need)) for need in mkl.Need]
+    assert set.union(*by_need) == set(mkl.methods())
+    assert sum(map(len, by_need)) == len(mkl.methods())
+    assert set(mkl.methods(mkl.Need.CALIBRATION)) == {"fisher", "regmean", "regmean_plus_plus", "mats"}
     assert mkl.methods(mkl.Need.ADAPTERS) == {}
 
 

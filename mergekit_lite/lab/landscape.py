@@ -112,9 +112,15 @@ def bowl_around(suite: Suite, task: str, directions: Sequence[Direction], *, ima
 
 def between(curvature: Curvature, directions: Sequence[Direction]) -> Tensor:
     r"""What a curvature in blocks says of the same directions: :math:`u_i^\top C u_j`, (m, m)."""
-    products = [{n: curvature[n](float64(v)) for n, v in u.items() if n in curvature} for u in directions]
-    rows = [[sum(float((float64(u[n]) * cv).sum()) for n, cv in p.items()) for p in products] for u in directions]
-    return torch.tensor(rows, dtype=torch.float64)
+
+    def inner(u: Direction, v: Direction) -> float:
+        total = 0.0
+        for name in (name for name in u if name in v and name in curvature):
+            step = float64(v[name])
+            total += float((float64(u[name]) * curvature[name].to(step)(step)).sum())
+        return total
+
+    return torch.tensor([[inner(u, v) for v in directions] for u in directions], dtype=torch.float64)
 
 
 def changes_at(

@@ -48,11 +48,11 @@ def test_a_bowl_is_made_of_slope_and_fisher_of_every_image_and_class(few, two_we
         for c, one in enumerate(log_p):
             (gradient,) = torch.autograd.grad(one, [weight], retain_graph=True)
             along = torch.stack([(gradient * u[LAYER]).sum().double() for u in two_weights])
-            matrix += one.exp().double() * torch.outer(along, along) / 5
+            matrix += one.exp().item() * torch.outer(along, along) / 5
             slope -= along / 5 if c == label else 0
     bowl = bowl_around(few, "scripts", two_weights, images=5)
-    torch.testing.assert_close(bowl.matrix, matrix.detach(), rtol=1e-3, atol=1e-8)
-    torch.testing.assert_close(bowl.slope, slope.detach(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(bowl.matrix, matrix, rtol=1e-3, atol=1e-8)
+    torch.testing.assert_close(bowl.slope, slope, rtol=1e-3, atol=1e-6)
     steps = torch.tensor([[0.5, -1.0], [0.0, 2.0]]).double()
     expected = [float(s @ slope + 0.5 * s @ matrix @ s) for s in steps]
     assert bowl(steps).tolist() == pytest.approx(expected, rel=1e-3)
