@@ -8,7 +8,7 @@ and `g`:
 - `input_grams`: :math:`A`, the mean of :math:`a a^\top` over all places of all images. For RegMean (Jin et al., 2023,
   arXiv:2212.09849) it is all: it asks the layer's outputs to stay, whatever follows. It needs no labels.
 - `diagonal_fisher`: the mean over images of the *squared* gradient, weight by weight (Matena and Raffel, 2022,
-  arXiv:2111.09832, equation 3). The gradients are those of single images (`torch.func`): a batch's gradient is a
+  arXiv:2111.09832). The gradients are those of single images (`torch.func`): a batch's gradient is a
   mean, and its square is something else.
 - `kfac`: :math:`A \otimes B`, where B is the mean over images of :math:`\sum_t g_t g_t^\top` (Martens and Grosse, 2015,
   arXiv:1503.05671; for convolutions Grosse and Martens, 2016, arXiv:1602.01057). It would be the Fisher information of
@@ -16,7 +16,7 @@ and `g`:
 
 **Whose labels.** The Fisher information is an expectation over labels drawn from the *model's* own predictions:
 ``labels="expected"`` computes it exactly, at the price of one backward pass per class; ``"sampled"`` draws one label
-per image. ``"given"`` takes the data's labels: that is the *empirical* Fisher, which most merging papers use and which
+per image. ``"given"`` takes the data's labels: that is the *empirical* Fisher, which MaTS's released code uses and which
 vanishes where the expert has learnt its training images by heart.
 
 **Convolutions** are linear layers over pixels: `a` is the patch that a kernel sees. A depthwise one is as many layers

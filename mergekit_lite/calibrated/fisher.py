@@ -1,6 +1,6 @@
 r"""Fisher merging: average every weight, and let the tasks that need it most have the most say.
 
-Matena and Raffel, "Merging models with Fisher-weighted averaging", NeurIPS 2022 (arXiv:2111.09832), equation 4. How
+Matena and Raffel, "Merging models with Fisher-weighted averaging", NeurIPS 2022 (arXiv:2111.09832). How
 much does task k's loss rise when weight i leaves its expert's value? To second order by
 :math:`\tfrac12 F_{k,i}\, (\theta_i - \theta_{k,i})^2`, where :math:`F_{k,i}` is the i-th number on the diagonal of
 the Fisher information. The sum over tasks is least at
