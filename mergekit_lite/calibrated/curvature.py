@@ -16,8 +16,8 @@ and `g`:
 
 **Whose labels.** The Fisher information is an expectation over labels drawn from the *model's* own predictions:
 ``labels="expected"`` computes it exactly, at the price of one backward pass per class; ``"sampled"`` draws one label
-per image. ``"given"`` takes the data's labels: that is the *empirical* Fisher, which MaTS's released code uses and which
-vanishes where the expert has learnt its training images by heart.
+per image. ``"given"`` takes the data's labels: that is the *empirical* Fisher, which MaTS's released code uses
+and which vanishes where the expert has learnt its training images by heart.
 
 **Convolutions** are linear layers over pixels: `a` is the patch that a kernel sees. A depthwise one is as many layers
 side by side as it has channels, each with a small Gram matrix. Patches come from the layer itself, with unit vectors
