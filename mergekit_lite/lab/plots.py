@@ -585,10 +585,12 @@ def plot_bowls(
 
     figure, axis = plt.subplots(figsize=(6.2, 3.9))
     legend = _draw_bowls(axis, bowls, points, levels, limits)
-    axis.legend(handles=legend, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.legend(handles=legend, fontsize=8, loc="upper right", framealpha=1)
     axis.set(xlabel=labels[0], ylabel=labels[1])
     figure.tight_layout()
     _name_points(axis, {name: (float(point[0]), float(point[1])) for name, point in points.items()})
+    for text in axis.texts:  # readable across the lines
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85})
     return figure
 
 
