@@ -183,7 +183,7 @@ SPOILT = {
     "outputs_are_clean: widget state": widget_state,
     "length_is_right: ": add_text("word " * 3500),
     "length_is_right": endless_code,
-    "symbols_stand_in_the_notation_table: not in book/notation.md: O": add_text("Let $O_{ij}$ be new."),
+    "symbols_stand_in_the_notation_table: not in book/notation.md: N": add_text("Let $N_{ij}$ be new."),
     "symbols_stand_in_the_notation_table: not in book/notation.md: omega": add_text("Let $\\omega$ be new."),
     "references_are_the_chapters_own: no bibliography": in_text("```{bibliography}", "```{note}"),
     "references_are_the_chapters_own: nothing is cited": in_text("{cite}`", "`"),
