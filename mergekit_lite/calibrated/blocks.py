@@ -17,7 +17,7 @@ other linear function that is symmetric and never negative (:math:`\langle V, C 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -151,9 +151,8 @@ class Kronecker:
 
     def scaled(self, factor: float) -> Kronecker:
         """This block times a number."""
-        if self.inputs is not None:
-            return Kronecker(self.inputs * factor, self.outputs)
-        return Kronecker(None, None if self.outputs is None else self.outputs * factor)
+        name, first = next(iter(self.factors().items()))
+        return replace(self, **{name: first * factor})
 
     def mixed(self, share: float) -> Kronecker:
         r"""Each factor M as share · M + (1 − share) · diag(M): everything beside the diagonal is made smaller."""
@@ -173,9 +172,7 @@ class Kronecker:
         return self._each(pseudo_inverse)
 
     def _each(self, f: LinearMap) -> Kronecker:
-        return Kronecker(
-            None if self.inputs is None else f(self.inputs), None if self.outputs is None else f(self.outputs)
-        )
+        return Kronecker(**{name: f(factor) for name, factor in self.factors().items()})
 
     def factors(self) -> dict[str, Tensor]:
         """What is written to a file."""

@@ -28,7 +28,8 @@ without its module being called (as within `torch.nn.MultiheadAttention`) is not
 Layers that change their weight before using it (weight standardisation) are not linear in it and do not belong here.
 
 A library, curvlinops, computes such matrices, too; what is here agrees with it (`tests/parity`). It is not used, since
-it has neither Grams of inputs alone nor grouped convolutions, and since these pages are what a reader wants to see.
+it averages the channels of a grouped convolution before it looks at them, refuses parameters of normalisation, and
+since these pages are what a reader wants to see.
 """
 
 from __future__ import annotations
@@ -247,7 +248,7 @@ def _by_place(layer: Layer, outputs: Tensor) -> Tensor:
     return outputs.flatten(2).transpose(1, 2).reshape(-1, layer.groups, outputs.shape[1] // layer.groups)
 
 
-def _reader(layer: Layer) -> Callable[[Tensor], Tensor]:
+def reader(layer: Layer) -> Callable[[Tensor], Tensor]:
     """A function from a layer's inputs to what its weight is multiplied with: (places, groups, inputs of a group)."""
     if isinstance(layer, nn.Linear):
         return lambda x: x.reshape(-1, 1, x.shape[-1])
@@ -291,7 +292,7 @@ def _watched(
     """
 
     def hook(name: str, layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        read = _reader(layer)
+        read = reader(layer)
         return lambda _, args, output: watch(name, layer, read(args[0]), output)
 
     handles = [

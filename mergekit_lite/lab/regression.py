@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mergekit_lite.calibrated.blocks import NEGLIGIBLE, Block, Curvature, Kronecker, pseudo_inverse
-from mergekit_lite.calibrated.curvature import Batch, Layer, input_grams
-from mergekit_lite.calibrated.curvature import _reader as reader
+from mergekit_lite.calibrated.curvature import Batch, Layer, input_grams, reader
 from mergekit_lite.calibrated.regmean import regmean
 from mergekit_lite.checkpoints import StateDict
 from mergekit_lite.data_free.average import average

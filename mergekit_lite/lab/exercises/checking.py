@@ -140,6 +140,22 @@ def expect_function(answer: Any) -> None:
         raise Wrong("hand over the function itself, without calling it.")
 
 
+def expect_pair(answer: Any, right: tuple[float, float], hints: Mapping[tuple[float, float], str], rest: str) -> None:
+    """Raises `Wrong` unless these are the right two numbers: with the hint for a known wrong answer, or the `rest`."""
+    given = torch.as_tensor(answer, dtype=torch.float64).flatten()
+    if given.shape != (2,):
+        raise Wrong(f"expected two numbers, got {given.numel()}.")
+
+    def near(pair: tuple[float, float]) -> bool:
+        return torch.allclose(given, torch.tensor(pair, dtype=torch.float64), atol=1e-3)
+
+    for wrong, hint in hints.items():
+        if near(wrong):
+            raise Wrong(hint)
+    if not near(right):
+        raise Wrong(rest)
+
+
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """The relative distance between two state dicts, seen from `b`'s length: 0 is equal."""
     pairs = [(a[name].double(), b[name].double()) for name in b if b[name].is_floating_point()]

@@ -17,6 +17,7 @@ from mergekit_lite.lab.exercises.checking import (
     exercise,
     expect_function,
     expect_number,
+    expect_pair,
     expect_state,
     pocket8,
     same,
@@ -427,19 +428,12 @@ def nearest_orthonormal(function: Callable[[Tensor], Tensor]) -> str:
 @exercise("2.5.3")
 def least_disturbing_row(row: list[float]) -> str:
     """The row with WUDI's least loss for (3, 0) and (1, 1)."""
-    given = torch.as_tensor(row, dtype=torch.float64).flatten()
-    if given.shape != (2,):
-        raise Wrong(f"expected two numbers, got {given.numel()}.")
     hints = {
         (4.0, 1.0): "that is the sum of the task vectors; it answers (1, 1) with 5 where task 2 answers 2.",
         (2.0, 0.5): "that is the average; it answers (3, 0) with 6 where task 1 answers 9.",
         (3.0, 1.0): "task 1 is answered; (1, 1) is answered with 4 where task 2 answers 2.",
     }
-    for wrong, hint in hints.items():
-        if torch.allclose(given, torch.tensor(wrong, dtype=torch.float64), atol=1e-3):
-            raise Wrong(hint)
-    if not torch.allclose(given, torch.tensor([3.0, -1.0], dtype=torch.float64), atol=1e-3):
-        raise Wrong("both terms can be zero: Δ · (3, 0) = 9 and Δ · (1, 1) = 2.")
+    expect_pair(row, (3.0, -1.0), hints, "both terms can be zero: Δ · (3, 0) = 9 and Δ · (1, 1) = 2.")
     return "the loss is zero, at a weight of the opposite sign to everything that was learnt."
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lite.calibrated import diagonal_fisher
-from mergekit_lite.lab.exercises.checking import Wrong, exercise, expect_function, expect_number
+from mergekit_lite.lab.exercises.checking import Wrong, exercise, expect_function, expect_number, expect_pair
 from mergekit_lite.lab.landscape import heights_at, merged_points
 
 # ---------------------------------------------------------------- 3.1 Loss landscapes as ellipsoids
@@ -19,20 +19,15 @@ from mergekit_lite.lab.landscape import heights_at, merged_points
 @exercise("3.1.1")
 def lowest_point(point: list[float]) -> str:
     """The lowest point of the sum of two bowls over two weights."""
-    given = torch.as_tensor(point, dtype=torch.float64).flatten()
-    if given.shape != (2,):
-        raise Wrong(f"expected two numbers, got {given.numel()}.")
     hints = {
         (2.0, 1.0): "that is the average, and also what the diagonals give; the matrices are tilted.",
         (6.0, 0.0): "that is the right-hand side, C_2 θ_2; now solve (C_1 + C_2) θ = (6, 0).",
         (3.0, 0.0): "you divided by the mean of the matrices; divide by their sum.",
         (0.0, 0.0): "that is expert 1; task 2 has curvature, too.",
     }
-    for wrong, hint in hints.items():
-        if torch.allclose(given, torch.tensor(wrong, dtype=torch.float64), atol=1e-3):
-            raise Wrong(hint)
-    if not torch.allclose(given, torch.tensor([1.5, 0.0], dtype=torch.float64), atol=1e-3):
-        raise Wrong("C_1 + C_2 is four times the identity here, and the right-hand side is C_2 (4, 2).")
+    expect_pair(
+        point, (1.5, 0.0), hints, "C_1 + C_2 is four times the identity here, and the right-hand side is C_2 (4, 2)."
+    )
     return "as low as expert 1 in the second weight, though the diagonals see two equal tasks."
 
 
@@ -152,9 +147,6 @@ def worse_than_the_average(matrices: Sequence[Any]) -> str:
 @exercise("3.2.1")
 def row_that_answers_both(row: list[float]) -> str:
     """RegMean for one output, two inputs and one image per task."""
-    given = torch.as_tensor(row, dtype=torch.float64).flatten()
-    if given.shape != (2,):
-        raise Wrong(f"expected two numbers, got {given.numel()}.")
     hints = {
         (1.0, 2.0): "that is the average; it answers (1, 0) with 1 where expert 1 answers 2.",
         (1.0, 4.0): "that is α = 0, column by column; it answers (1, 1) with 5 where expert 2 answers 4.",
@@ -162,11 +154,7 @@ def row_that_answers_both(row: list[float]) -> str:
         (2.0, 0.0): "that is expert 1; it answers (1, 1) with 2 where expert 2 answers 4.",
         (0.0, 4.0): "that is expert 2; it answers (1, 0) with 0 where expert 1 answers 2.",
     }
-    for wrong, hint in hints.items():
-        if torch.allclose(given, torch.tensor(wrong, dtype=torch.float64), atol=1e-3):
-            raise Wrong(hint)
-    if not torch.allclose(given, torch.tensor([2.0, 2.0], dtype=torch.float64), atol=1e-3):
-        raise Wrong("both errors can be zero: W · (1, 0) = 2 and W · (1, 1) = 4.")
+    expect_pair(row, (2.0, 2.0), hints, "both errors can be zero: W · (1, 0) = 2 and W · (1, 1) = 4.")
     return "no error is left. The second weight is half-way between the experts, though task 1 never used that input."
 
 
