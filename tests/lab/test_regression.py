@@ -20,10 +20,7 @@ from mergekit_lite.lab.regression import (
     onto_experts,
     stand_ins,
 )
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.data_free.test_tsv import random as randn
 
 
 def gram(inputs):

@@ -19,10 +19,7 @@ from mergekit_lite.lab.subspaces import (
     ways_down,
     written_out,
 )
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.data_free.test_tsv import random as randn
 
 
 def positive(n, seed=0):
