@@ -38,7 +38,7 @@ def steps(tasks: int) -> tuple[dict[str, Callable[[], object]], Callable[[], flo
     batches = {task: suite.calibration(task, BATCH, split="test", batch=BATCH)[0] for task in names}
     images = {task: x for task, (x, _) in batches.items()}
     layers = {name: (theta0, taus) for name, theta0, taus in tv.layers()}
-    entropies = mkl.EntropyOfWeights(suite.model, suite.heads, tv)
+    entropies = mkl.LossOfWeights(suite.model, suite.heads, tv)
 
     network = suite.build()
     weights_adam = torch.optim.Adam(network.parameters(), lr=1e-9)

@@ -40,9 +40,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lite.adaptive.adaptation import DivergenceError, EntropyOfWeights, Head, Images, adapt, draws
+from mergekit_lite.adaptive.adaptation import DivergenceError, Images, LossOfWeights, adapt, draws
 from mergekit_lite.adaptive.coefficients import Coefficients, Init, merge_with, starting, weighted_sum
 from mergekit_lite.adaptive.history import History
+from mergekit_lite.adaptive.losses import Head, Loss, entropy_loss
 from mergekit_lite.checkpoints import StateDict
 from mergekit_lite.data_free.ties import elect, trim
 from mergekit_lite.registry import Need, method
@@ -116,6 +117,7 @@ def learn_coefficients(
     granularity: str = "layer",
     init: Init = 0.3,
     clamp: bool = True,
+    loss: Loss = entropy_loss,
     steps: int = 500,
     batch: int = 16,
     learning_rate: float = 1e-3,
@@ -131,19 +133,20 @@ def learn_coefficients(
         tv: K task vectors.
         model: a network that these weights fit; it is not changed.
         heads: by task, from the network's outputs to logits; more than are needed may be given.
-        images: inputs by task, as `draws` takes them: tensors, lists of batches, or functions. The entropy is summed
+        images: inputs by task, as `draws` takes them: tensors, lists of batches, or functions. The loss is summed
             over these tasks; an expert whose task is not among them is merged as suits the others.
         granularity: ``"layer"`` has a coefficient per task and tensor, ``"task"`` one per task.
         init: where they start: a number, K numbers, or for layers also (tensors, K) numbers or K by tensor name, such
             as other `Coefficients`, to go on from there.
         clamp: keep the coefficients in [0, 1].
+        loss: what to descend on; the paper's is the entropy.
         steps: of Adam.
         batch: images per task and step.
         learning_rate: of Adam, about how far a coefficient moves in a step.
         generator: of the draws of images; by default one with seed 0.
         measure: accuracies by name of a merged state dict, such as ``suite.evaluate``, for the history alone.
         every: how many steps apart they are measured.
-        patience: stop as soon as the mean entropy of the last so many steps is not below that of as many before.
+        patience: stop as soon as the mean loss of the last so many steps is not below that of as many before.
         progress: show a progress bar.
 
     Returns:
@@ -152,7 +155,7 @@ def learn_coefficients(
     Raises:
         KeyError: a task has no head, or a tensor is missing in the model or in `init`.
         ValueError: no images, another granularity, or a number that makes no sense.
-        DivergenceError: an entropy or its gradient is not finite; `reached` has the coefficients so far.
+        DivergenceError: a loss or its gradient is not finite; `reached` has the coefficients so far.
     """
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate must be positive and finite; got {learning_rate}.")
@@ -160,10 +163,10 @@ def learn_coefficients(
     free = starting(init, list(layers), len(tv), granularity)
     if clamp and not ((free >= 0) & (free <= 1)).all():
         raise ValueError("coefficients that start outside [0, 1] would be clamped and never move; use clamp=False.")
-    entropies = EntropyOfWeights(model, heads, tv)
+    of_weights = LossOfWeights(model, heads, tv, loss)
 
     def objective(inputs: Mapping[str, Tensor]) -> Mapping[str, float]:
-        losses, free.grad = losses_and_slopes(free, clamp, layers, entropies, inputs)
+        losses, free.grad = losses_and_slopes(free, clamp, layers, of_weights, inputs)
         return losses
 
     def found(history: History | None = None) -> Coefficients:
@@ -192,16 +195,16 @@ def losses_and_slopes(
     free: Tensor,
     clamp: bool,
     layers: Mapping[str, tuple[Tensor, Tensor]],
-    entropies: EntropyOfWeights,
+    of_weights: LossOfWeights,
     inputs: Mapping[str, Tensor],
 ) -> tuple[Mapping[str, float], Tensor]:
-    """The entropies at some coefficients, by task, and the slopes of their sum.
+    """The losses at some coefficients, by task, and the slopes of their sum.
 
     Args:
         free: the coefficients before they are clamped, (K,) or (tensors, K).
         clamp: whether they are; then a slope outside [0, 1] is 0, and at 0 and 1 it is that of the inside.
         layers: θ0 and the task vectors (K, *shape), by tensor name.
-        entropies: as a function of the weights.
+        of_weights: the losses as a function of the weights.
         inputs: by task.
 
     Returns:
@@ -212,7 +215,7 @@ def losses_and_slopes(
         name: theta0 + weighted_sum(row, taus)
         for (name, (theta0, taus)), row in zip(layers.items(), lambdas, strict=True)
     }
-    losses, gradient = entropies(merged, inputs)
+    losses, gradient = of_weights(merged, inputs)
     slopes = torch.stack([slope(gradient.get(name), taus) for name, (_, taus) in layers.items()]).to(free)
     slopes = slopes.sum(0) if free.ndim == 1 else slopes
     return losses, torch.where((free < 0) | (free > 1), 0.0, slopes) if clamp else slopes

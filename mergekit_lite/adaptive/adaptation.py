@@ -1,17 +1,11 @@
 r"""Adapting a merge to inputs without labels: what AdaMerging, Concrete and WEMoE have in common.
 
 A merge has a few numbers left to choose (coefficients, a mask, a router). It is shown unlabelled inputs of every task,
-and the numbers descend to where its predictions are most certain. How uncertain a prediction is says its entropy,
+and the numbers descend on a loss that needs no labels (`mergekit_lite.adaptive.losses`), as a rule the entropy of its
+predictions.
 
-.. math:: H(x) = -\sum_c p_c(x) \log p_c(x) \quad\text{in nats}, \qquad p(x) = \mathrm{softmax}(\text{logits of } x),
-
-from 0 (all on one class) to the logarithm of the number of classes (all classes alike). To be certain is not to be
-right, and a network that always gives one answer is the most certain of all. It works as long as the merge starts near
-a good one, where certain predictions are more often right than others: look at the accuracy, too.
-
-- `entropy`: the mean H over the inputs.
 - `draws`: an endless row of random batches, one batch of every task at a time.
-- `EntropyOfWeights`: what entropies some weights lead to, and the gradient by the weights.
+- `LossOfWeights`: the losses of some weights, and the gradient by the weights.
 - `adapt`: the loop. It knows nothing about merging: it is given an optimiser and a function that fills in gradients.
 """
 
@@ -27,28 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lite.adaptive.history import History
+from mergekit_lite.adaptive.losses import Head, Loss, entropy_loss, logits_of
 from mergekit_lite.data_free.dare import draw_seed
 from mergekit_lite.task_vectors import TaskVectors
 
 T = TypeVar("T")
 
-Head = Callable[[Tensor], Tensor]  # from the model's outputs to logits (images, classes)
 Batch = Tensor | Sequence[Tensor]  # inputs, or inputs and labels, which are not looked at
 Draw = Callable[[int, torch.Generator], Tensor]  # draw(n, generator): n inputs, at random
 Images = Mapping[str, Tensor | Sequence[Batch] | Draw]
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """The mean entropy of softmax(logits), in nats, over all but the last axis; a logit may be minus infinity.
-
-    Examples:
-        >>> entropy(torch.zeros(10, 2))  # log 2
-        tensor(0.6931)
-    """
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits  # half precision is too coarse for a sum
-    log_p = logits.log_softmax(-1)
-    # A probability of 0 has a logarithm of minus infinity; their product is 0, not NaN.
-    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1).mean()
 
 
 # ---------------------------------------------------------------- inputs
@@ -93,11 +74,11 @@ def _drawer(task: str, given: Tensor | Sequence[Batch] | Draw) -> Draw:
     return lambda size, generator: inputs[torch.randperm(len(inputs), generator=generator)[:size].to(inputs.device)]
 
 
-# ---------------------------------------------------------------- entropies as a function of the weights
+# ---------------------------------------------------------------- losses as a function of the weights
 
 
-class EntropyOfWeights:
-    r"""The mean entropy of every task's predictions at some weights, and the gradient of their sum by the weights.
+class LossOfWeights:
+    r"""The loss of every task at some weights, and the gradient of their sum by the weights.
 
     That gradient is all a merge needs. If its weights :math:`\theta` are a function of a few numbers :math:`\lambda`,
     the chain rule does the rest, :math:`\nabla_\lambda = (\partial\theta/\partial\lambda)^\top \nabla_\theta`, and
@@ -106,11 +87,15 @@ class EntropyOfWeights:
     A copy of the model is used, in inference mode, so that images do not influence each other and statistics of
     normalisation do not move. They and other buffers are taken from the weights, too, but have no gradient.
 
+    Attributes:
+        trainable: the names of the parameters among the task vectors' tensors: those that are no buffers.
+
     Args:
         model: a network that the weights fit. Tensors of it that `tv` does not have stay as they are.
         heads: by task, from the network's outputs to logits (images, classes); `torch.nn.Identity()`, if the outputs
             are the logits.
         tv: the task vectors; the names of their tensors are those of the weights.
+        loss: ``loss(task, inputs, logits)``; by default the mean entropy.
 
     Raises:
         KeyError: the network lacks a tensor of the task vectors.
@@ -118,8 +103,8 @@ class EntropyOfWeights:
         RuntimeError: a tensor has another shape in the network.
     """
 
-    def __init__(self, model: nn.Module, heads: Mapping[str, Head], tv: TaskVectors) -> None:
-        self.heads = heads
+    def __init__(self, model: nn.Module, heads: Mapping[str, Head], tv: TaskVectors, loss: Loss = entropy_loss) -> None:
+        self.heads, self.loss = heads, loss
         self.network = copy.deepcopy(model).eval().requires_grad_(False)
         lacking = self.network.load_state_dict(dict(tv.base), strict=False).unexpected_keys
         if lacking:
@@ -128,12 +113,13 @@ class EntropyOfWeights:
         self._tensors = {name: tensors[name] for name in tv._float_names()}
         if len({id(tensor) for tensor in self._tensors.values()}) < len(self._tensors):
             raise ValueError("the model uses one tensor under two names (tied weights), but its task vectors differ.")
-        self._parameters = [t.requires_grad_() for t in self._tensors.values() if isinstance(t, nn.Parameter)]
+        self.trainable = [name for name, tensor in self._tensors.items() if isinstance(tensor, nn.Parameter)]
+        self._parameters = [self._tensors[name].requires_grad_() for name in self.trainable]
 
     def __call__(
         self, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Entropies by task, and the gradient by name; there is none for buffers and for what the network does not use.
+        """Losses by task, and the gradient by name; there is none for buffers and for what the network does not use.
 
         Args:
             weights: a tensor for every name of the task vectors' tensors.
@@ -147,25 +133,15 @@ class EntropyOfWeights:
             for name, weight in weights.items():
                 self._tensors[name].copy_(weight)
         self.network.zero_grad()
-        entropies = {}
+        losses = {}
         for task, inputs in batch.items():
             with torch.enable_grad():
-                loss = entropy(self._logits(task, inputs))
+                inputs = inputs.to(self._parameters[0].device)
+                loss = self.loss(task, inputs, logits_of(task, inputs, self.network(inputs), self.heads))
                 # Gradients of the tasks add up. What one task's pass kept in memory is freed before the next begins.
                 loss.backward(inputs=self._parameters)
-            entropies[task] = loss.item()
-        return entropies, {name: t.grad for name, t in self._tensors.items() if t.grad is not None}
-
-    def _logits(self, task: str, inputs: Tensor) -> Tensor:
-        if task not in self.heads:
-            raise KeyError(f"no head for the task '{task}'; there are heads for {', '.join(self.heads)}.")
-        logits = self.heads[task](self.network(inputs.to(self._parameters[0].device)))
-        if logits.ndim < 2 or len(logits) != len(inputs):
-            raise ValueError(
-                f"the head of '{task}' makes a tensor of shape {tuple(logits.shape)} from {len(inputs)} images; "
-                "expected logits (images, classes)."
-            )
-        return logits
+            losses[task] = loss.item()
+        return losses, {name: t.grad for name, t in self._tensors.items() if t.grad is not None}
 
 
 # ---------------------------------------------------------------- the loop
@@ -213,7 +189,7 @@ def adapt(
         progress: show a progress bar.
 
     Returns:
-        The losses as ``"entropy"``, what `record` returned, and the accuracies as ``"accuracy"``.
+        The losses as ``"loss"``, what `record` returned, and the accuracies as ``"accuracy"``.
 
     Raises:
         DivergenceError: a loss or a gradient is not finite. The parameters are as the step before left them.
@@ -225,7 +201,7 @@ def adapt(
         raise ValueError(
             f"steps must not be negative, every and patience at least 1; got {steps}, {every}, {patience}."
         )
-    history, means = History(seen={"entropy": {}}), list[float]()
+    history, means = History(seen={"loss": {}}), list[float]()
 
     def look(measured: bool) -> None:
         for quantity, values in (record() if record else {}).items():
@@ -239,13 +215,13 @@ def adapt(
             optimizer.zero_grad()
             losses = objective(batch)
             _check_finite(losses, optimizer, history)
-            history.add("entropy", history.steps, losses)
+            history.add("loss", history.steps, losses)
             optimizer.step()
             if schedule:
                 schedule.step()
             history.steps += 1
             means.append(sum(losses.values()) / len(losses))
-            bar.set_postfix(entropy=f"{means[-1]:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{means[-1]:.3f}", refresh=False)
             bar.update()
             if patience and _settled(means, patience):
                 break

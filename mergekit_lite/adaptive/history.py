@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 @dataclass(repr=False)
 class History:
-    """Numbers by quantity (such as ``"entropy"``), by step and by name (such as a task's).
+    """Numbers by quantity (such as ``"loss"``), by step and by name (such as a task's).
 
-    Step n is the merge after n updates. Its entropies are those of the images that the next update was made from: a
+    Step n is the merge after n updates. Its losses are those of the images that the next update was made from: a
     sample, another one at every step. So the last step, which no update follows, has none.
 
     Attributes:
@@ -68,7 +68,7 @@ class History:
             for name in table.columns.drop("average"):
                 axis.plot(table.index, table[name], lw=1, alpha=0.6, label=name)
             axis.plot(table.index, table["average"], lw=2.5, color="black", label="average")
-            axis.set(xlabel="step", ylabel="entropy (nats)" if quantity == "entropy" else quantity)
+            axis.set(xlabel="step", ylabel="loss (nats)" if quantity == "loss" else quantity)
             axis.spines[["top", "right"]].set_visible(False)
         axes[0, -1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.tight_layout()

@@ -397,6 +397,32 @@ class Suite:
         experts = {name: expert for name, expert in self.experts.items() if name in smaller}
         return replace(self, tasks=smaller, experts=experts, recorded={})
 
+    def halves(self, seed: int = 0) -> tuple[Suite, Suite]:
+        """Two suites that share everything but the merged tasks' test images, of which each has one half.
+
+        For methods that adapt to test images: adapt to the first half's `inputs`, and score on the second half what
+        was never seen. Scored on the first half, a merge has seen the very images that it is asked about.
+
+        Args:
+            seed: of the random division.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        parts: tuple[dict[str, Task], dict[str, Task]] = {}, {}
+        for name, task in self.tasks.items():
+            order = torch.randperm(len(task.test), generator=generator)
+            for part, chosen in zip(parts, order.chunk(2), strict=True):
+                part[name] = replace(task, test=task.test[chosen])
+        first, second = (replace(self, tasks=part, recorded={}) for part in parts)
+        return first, second
+
+    def inputs(self, split: str = "test") -> dict[str, Tensor]:
+        """The images of every merged task as the backbone takes them, without labels: by task, (N, 3, H, W).
+
+        Raises:
+            ValueError: there is no such split.
+        """
+        return {name: self.prepare(task.split(split).images) for name, task in self.tasks.items()}
+
     # ---------------------------------------------------------------- making a suite
 
     def finetune(self, task: str | None = None, *, progress: bool = True) -> StateDict | None:

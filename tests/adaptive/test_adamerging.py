@@ -84,7 +84,7 @@ def sides(free, clamp, tv, net, heads, images, step):
 
 def at(free, clamp, tv, net, heads, images):
     layers = {name: (theta0, taus) for name, theta0, taus in tv.layers()}
-    return losses_and_slopes(free, clamp, layers, mkl.EntropyOfWeights(net, heads, tv), images)
+    return losses_and_slopes(free, clamp, layers, mkl.LossOfWeights(net, heads, tv), images)
 
 
 @pytest.mark.parametrize("clamp", [True, False])
@@ -241,7 +241,7 @@ def test_one_expert():
 def test_tasks_without_images_are_merged_too():
     tv, net, heads, images = problem()
     found = mkl.learn_coefficients(tv, net, heads, {"b": images["b"]}, **QUICK)
-    assert list(found.history.seen["entropy"][0]) == ["b"]
+    assert list(found.history.seen["loss"][0]) == ["b"]
     assert (found["0.weight"] != 0.3).all()
 
 
@@ -291,7 +291,7 @@ def test_one_can_go_on_from_coefficients():
     options = {**QUICK, "learning_rate": 0.01}
     first = mkl.learn_coefficients(tv, net, heads, images, **options)
     second = mkl.learn_coefficients(tv, net, heads, images, init=first, **options)
-    assert second.history.average("entropy")[0] < first.history.average("entropy")[0]
+    assert second.history.average("loss")[0] < first.history.average("loss")[0]
     assert second.means() != first.means()
     assert second.history.seen["coefficient"][0] == pytest.approx(first.means())
 
@@ -320,7 +320,7 @@ def test_accuracies_are_measured_on_the_way_and_change_nothing():
     same(states[0], mkl.task_arithmetic(tv, scale=0.3))
     same(states[-1], mkl.merge_with(tv, found))
     same(found, mkl.learn_coefficients(tv, net, heads, images, **QUICK))
-    assert set(found.history.to_frame().columns.levels[0]) == {"entropy", "coefficient", "accuracy"}
+    assert set(found.history.to_frame().columns.levels[0]) == {"loss", "coefficient", "accuracy"}
 
 
 def test_it_may_stop_early():
@@ -367,7 +367,7 @@ def test_other_task_vectors_are_weighted_in_the_same_way(change):
     found = mkl.learn_coefficients(other, net, heads, images, granularity="task", **QUICK)
     vector = found["0.weight"] @ other.flat()
     same(mkl.adamerging(other, net, heads, images, granularity="task", **QUICK), tv.add(vector))
-    entropies = found.history.average("entropy")
+    entropies = found.history.average("loss")
     assert entropies[24] < entropies[0]
     written_out = [state.map(lambda _, taus: taus[0]) for state in other]
     plain = mkl.TaskVectors(tv.base, dict(zip(tv.names, written_out, strict=True)))
@@ -434,6 +434,6 @@ def test_adamerging_on_the_suite(suite):
     options = {"steps": 6, "batch": 12, "learning_rate": 0.03, "progress": False}
     found = mkl.learn_coefficients(few.task_vectors, few.model, few.heads, images, measure=few.evaluate, **options)
     assert found["conv_stem.weight"].shape == (2,)
-    first, last = (found.history.average("entropy")[step] for step in (0, 5))
+    first, last = (found.history.average("loss")[step] for step in (0, 5))
     assert last < first - 0.02
     assert found.history.seen["accuracy"][6] == dict(few.evaluate(mkl.merge_with(few.task_vectors, found)))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mergekit_lite as mkl
-from mergekit_lite.adaptive import DivergenceError, EntropyOfWeights, History, adapt, draws, entropy
+from mergekit_lite.adaptive import DivergenceError, LossOfWeights, History, adapt, draws, entropy
 from tests.adaptive.examples import merged_by_hand, problem, tiny_net, uncertainty
 from tests.test_task_vectors import Tied
 
@@ -121,7 +121,7 @@ def test_images_that_are_missing_are_said_at_once():
 def test_entropies_and_gradient_are_those_of_a_network_with_these_weights():
     tv, net, heads, images = problem()
     merged = merged_by_hand(tv, lambda name: torch.tensor([0.3, 0.5, -0.2]))
-    entropies, gradient = EntropyOfWeights(net, heads, tv)(
+    entropies, gradient = LossOfWeights(net, heads, tv)(
         {name: merged[name] for name, _, _ in tv.layers()}, {task: images[task] for task in ("c", "a")}
     )
     assert list(entropies) == ["c", "a"]
@@ -141,7 +141,7 @@ def test_the_model_and_the_heads_are_not_touched():
     net = tiny_net(7).train()
     before = copy.deepcopy(net.state_dict())
     tracked = {task: x.clone().requires_grad_() for task, x in images.items()}
-    EntropyOfWeights(net, heads, tv)({name: theta0 for name, theta0, _ in tv.layers()}, tracked)
+    LossOfWeights(net, heads, tv)({name: theta0 for name, theta0, _ in tv.layers()}, tracked)
     assert net.training
     assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
@@ -152,7 +152,7 @@ def test_the_model_and_the_heads_are_not_touched():
 def test_images_do_not_influence_each_other():
     tv, net, heads, images = problem()
     weights = {name: theta0 for name, theta0, _ in tv.layers()}
-    entropies = EntropyOfWeights(net.train(), heads, tv)
+    entropies = LossOfWeights(net.train(), heads, tv)
     one_by_one = [entropies(weights, {"a": x[None]})[0]["a"] for x in images["a"]]
     assert entropies(weights, {"a": images["a"]})[0]["a"] == pytest.approx(sum(one_by_one) / 12, rel=1e-12)
 
@@ -167,7 +167,7 @@ def test_gradients_are_forgotten_between_calls_and_unused_weights_have_none():
             return self.used(x)
 
     tv = mkl.TaskVectors(Half(), [Half()])
-    entropies = EntropyOfWeights(Half(), {"a": nn.Identity()}, tv)
+    entropies = LossOfWeights(Half(), {"a": nn.Identity()}, tv)
     weights, images = {name: theta0 for name, theta0, _ in tv.layers()}, {"a": torch.randn(4, 2)}
     first, second = entropies(weights, images)[1], entropies(weights, images)[1]
     assert set(first) == {"used.weight", "used.bias"}
@@ -179,7 +179,7 @@ def test_tensors_that_are_not_merged_stay_as_the_model_has_them():
     body = {name: t for name, t in whole.state_dict().items() if name.startswith("0.")}
     tv = mkl.TaskVectors(body, [{name: t + 1 for name, t in body.items()}])
     x = torch.randn(5, 2)
-    (value,) = EntropyOfWeights(whole, {"a": nn.Identity()}, tv)(body, {"a": x})[0].values()
+    (value,) = LossOfWeights(whole, {"a": nn.Identity()}, tv)(body, {"a": x})[0].values()
     assert value == pytest.approx(entropy(whole(x)).item(), rel=1e-6)
 
 
@@ -192,29 +192,29 @@ def test_tied_weights_have_the_gradient_of_both_uses():
     x, heads = torch.tensor([[1.0, -2.0], [0.5, 3.0]]), {"a": nn.Identity()}
     tv = mkl.TaskVectors(Twice(0.5), [Twice(1.0)])
     weight = torch.tensor([[0.3, -0.1], [0.2, 0.4]], requires_grad=True)
-    _, gradient = EntropyOfWeights(Twice(0.0), heads, tv)({"embed.weight": weight.detach()}, {"a": x})
+    _, gradient = LossOfWeights(Twice(0.0), heads, tv)({"embed.weight": weight.detach()}, {"a": x})
     entropy(x @ weight.T @ weight.T).backward()
     torch.testing.assert_close(gradient["embed.weight"], weight.grad)
     untied = mkl.TaskVectors(Twice(0.0), [Twice(1.0, tie=False)])
-    assert set(EntropyOfWeights(Twice(0.0, tie=False), heads, untied)(untied.base, {"a": x})[1]) == set(untied.base)
+    assert set(LossOfWeights(Twice(0.0, tie=False), heads, untied)(untied.base, {"a": x})[1]) == set(untied.base)
     with pytest.raises(ValueError, match="one tensor under two names"):
-        EntropyOfWeights(Twice(0.0), heads, untied)
+        LossOfWeights(Twice(0.0), heads, untied)
 
 
 def test_what_does_not_fit_is_said():
     tv, net, heads, images = problem()
     weights = {name: theta0 for name, theta0, _ in tv.layers()}
     with pytest.raises(KeyError, match=r"the model has no tensor '4\.weight'"):
-        EntropyOfWeights(net[:3], heads, tv)
+        LossOfWeights(net[:3], heads, tv)
     wrong = tiny_net()
     wrong[4] = nn.Linear(12, 6).double()
     with pytest.raises(RuntimeError, match=r"size mismatch for 4\.weight"):
-        EntropyOfWeights(wrong, heads, tv)
+        LossOfWeights(wrong, heads, tv)
     with pytest.raises(KeyError, match="no head for the task 'z'; there are heads for a, b, c"):
-        EntropyOfWeights(net, heads, tv)(weights, {"z": images["a"]})
+        LossOfWeights(net, heads, tv)(weights, {"z": images["a"]})
     for head in (lambda x: x.mean(1), lambda x: x[:1]):
         with pytest.raises(ValueError, match="expected logits"):
-            EntropyOfWeights(net, {"a": head}, tv)(weights, {"a": images["a"]})
+            LossOfWeights(net, {"a": head}, tv)(weights, {"a": images["a"]})
 
 
 # ---------------------------------------------------------------- the loop
@@ -247,7 +247,7 @@ def test_the_loop_descends_and_says_what_it_saw():
     assert x.item() == pytest.approx(path[8])
     assert history.steps == 8
     assert [history.seen["x"][n]["first"] for n in range(9)] == pytest.approx(path)
-    assert [history.seen["entropy"][n]["a"] for n in range(8)] == pytest.approx([(3 - p) ** 2 for p in path[:8]])
+    assert [history.seen["loss"][n]["a"] for n in range(8)] == pytest.approx([(3 - p) ** 2 for p in path[:8]])
     assert list(history.seen["accuracy"]) == [0, 3, 6, 8]
     assert history.average("accuracy") == pytest.approx({n: 5 * path[n] for n in (0, 3, 6, 8)})
 
@@ -318,7 +318,7 @@ def test_what_is_not_finite_stops_the_loop_before_it_does_harm(where, bad):
     with pytest.raises(DivergenceError, match=f"after 3 steps {said}") as stopped:
         adapt(torch.optim.SGD([x], lr=0.1), objective, range(9), steps=9, record=lambda: {"x": {"x": x.item()}})
     assert x.item() == pytest.approx(3 * (1 - 0.75**3))
-    assert list(stopped.value.history.seen["entropy"]) == [0, 1, 2]
+    assert list(stopped.value.history.seen["loss"]) == [0, 1, 2]
     assert stopped.value.history.seen["x"][3]["x"] == x.item()
 
 
@@ -334,7 +334,7 @@ def test_a_mask_can_be_adapted_too():
     tv, net, heads, images = problem()
     sums = {name: (theta0, taus.sum(0)) for name, theta0, taus in tv.layers()}
     logits = {name: torch.zeros_like(theta0, requires_grad=True) for name, (theta0, _) in sums.items()}
-    entropies = EntropyOfWeights(net, heads, tv)
+    entropies = LossOfWeights(net, heads, tv)
 
     def merged():
         return {name: theta0 + 0.5 * logits[name].sigmoid() * total for name, (theta0, total) in sums.items()}
@@ -352,7 +352,7 @@ def test_a_mask_can_be_adapted_too():
     for slopes, p in zip(expected, parameters, strict=True):
         torch.testing.assert_close(p.grad, slopes, rtol=1e-9, atol=1e-12)
     history = adapt(torch.optim.Adam(parameters, lr=0.1), objective, draws(images, 12), steps=20)
-    entropy_by_step = list(history.average("entropy").values())
+    entropy_by_step = list(history.average("loss").values())
     assert entropy_by_step[-1] < 0.8 * entropy_by_step[0]
 
 
@@ -370,7 +370,7 @@ def test_a_router_can_be_adapted_too():
 
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 30)
     history = adapt(adam, objective, draws({"a": torch.randn(20, 3)}, 16), steps=30, schedule=cosine)
-    assert history.seen["entropy"][29]["a"] < 0.9 * history.seen["entropy"][0]["a"]
+    assert history.seen["loss"][29]["a"] < 0.9 * history.seen["loss"][0]["a"]
     assert adam.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
 
 
@@ -381,7 +381,7 @@ def test_a_router_can_be_adapted_too():
 def history():
     seen = History(steps=4)
     for step in range(4):
-        seen.add("entropy", step, {"a": 2.0 - step, "b": 1.0})
+        seen.add("loss", step, {"a": 2.0 - step, "b": 1.0})
         seen.add("coefficient", step, {"a": 0.3})
     seen.add("accuracy", 0, {"a": 0.25, "b": 0.75})
     seen.add("accuracy", 4, {"a": 0.5, "b": 1.0})
@@ -392,9 +392,9 @@ def test_a_history_as_a_table(history):
     frame = history.to_frame()
     assert frame.index.tolist() == [0, 1, 2, 3, 4]
     assert frame.index.name == "step"
-    assert frame["entropy"].columns.tolist() == ["a", "b", "average"]
-    assert frame["entropy", "average"].tolist()[:4] == [1.5, 1.0, 0.5, 0.0]
-    assert math.isnan(frame["entropy", "a"][4])
+    assert frame["loss"].columns.tolist() == ["a", "b", "average"]
+    assert frame["loss", "average"].tolist()[:4] == [1.5, 1.0, 0.5, 0.0]
+    assert math.isnan(frame["loss", "a"][4])
     assert frame["accuracy"].dropna().to_dict("index") == {
         0: {"a": 0.25, "b": 0.75, "average": 0.5},
         4: {"a": 0.5, "b": 1.0, "average": 0.75},
@@ -403,7 +403,7 @@ def test_a_history_as_a_table(history):
 
 def test_a_history_as_a_picture(history):
     figure = history.plot()
-    assert [axis.get_ylabel() for axis in figure.axes] == ["entropy (nats)", "coefficient", "accuracy"]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["loss (nats)", "coefficient", "accuracy"]
     lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[2].get_lines()}
     assert lines["average"] == [[0, 0.5], [4, 0.75]]
     assert lines["b"] == [[0, 0.75], [4, 1.0]]
