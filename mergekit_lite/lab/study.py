@@ -6,7 +6,8 @@ experts of one seed by other recipes and writes the same figures for each: the r
 ``variants`` compares the relatives of pocket8, ``edits`` measures forgetting and analogies over the seeds, and
 ``analogies`` tries four changes of the images; ``orthogonality`` measures AWD, MetaGPT and the best scales there are;
 ``signs`` and ``data-free`` measure the methods that need nothing but the weights, ``curvature`` those that need a few
-images. Each writes its table to ``book/tables``, the last four into the package, for the chapters read them.
+images, ``adaptation`` those that adapt to images without labels. Each writes its table to ``book/tables``, the last
+five into the package, for the chapters read them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from mergekit_lite.checkpoints import StateDict, atomic_path
 from mergekit_lite.data_free import analogy, average, negation, pcb, task_arithmetic, ties, tsv
 from mergekit_lite.geometry import largest_cosine
+from mergekit_lite.lab.adaptation import measure as measure_adaptation
 from mergekit_lite.lab.curvature import measure as measure_curvature
 from mergekit_lite.lab.curvature import measure_images, measure_steps
 from mergekit_lite.lab.orthogonality import TABLES as SHIPPED
@@ -271,6 +273,17 @@ def curvature(work: Path = Path("suites"), out: Path = SHIPPED) -> None:
     _write(table, out / "curvature-images.csv", "images")
     table = _by_seed(work, "curvature-steps", measure_steps, seeds=[0]).set_index("start")
     _write(table, out / "curvature-steps.csv", "start", digits="%.3g")
+
+
+@app.command()
+def adaptation(work: Path = Path("suites"), out: Path = SHIPPED) -> None:
+    """AdaMerging, Concrete and WEMoE, three seeds each (an hour and a half; goes on in `work`)."""
+    import pandas as pd
+
+    tables, curves = _each_seed(work, "adaptation", measure_adaptation)
+    for name, parts in (("adaptation", tables), ("adaptation-curves", curves)):
+        table = pd.concat([part.assign(seed=seed) for seed, part in parts.items()]).set_index("method")
+        _write(table, out / f"{name}.csv", "method", digits="%.4f")
 
 
 @app.command()
