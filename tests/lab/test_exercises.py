@@ -12,7 +12,7 @@ from mergekit_lite.data_free.awd_solvers import objective
 from mergekit_lite.data_free.tsv import is_matrix
 from mergekit_lite.geometry import cosines, rows_of, slopes
 from mergekit_lite.lab import check
-from mergekit_lite.lab.exercises import Verdict, checking, exercise, exercises, part1, part2, part3
+from mergekit_lite.lab.exercises import Verdict, checking, exercise, exercises, part1, part2, part3, part4
 from mergekit_lite.lab.regression import common_directions
 
 
@@ -527,7 +527,7 @@ ANSWERS = [
     ("number", "answer", "hint"), ANSWERS, ids=lambda x: x if isinstance(x, str) else "" if callable(x) else "right"
 )
 def test_right_answers_pass_and_wrong_ones_get_a_hint(number, answer, hint, suite, monkeypatch):
-    for module in (checking, part1, part2, part3):
+    for module in (checking, part1, part2, part3, part4):
         monkeypatch.setattr(module, "pocket8", lambda: suite, raising=False)
     verdict = check(number, answer(suite.task_vectors))
     assert bool(verdict) == (hint is None), verdict

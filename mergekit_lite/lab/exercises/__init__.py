@@ -13,7 +13,7 @@ hint, or returns what is worth knowing once the answer is right::
 are done.
 """
 
-from mergekit_lite.lab.exercises import part1, part2, part3  # noqa: F401
+from mergekit_lite.lab.exercises import part1, part2, part3, part4  # noqa: F401
 from mergekit_lite.lab.exercises.checking import Verdict, Wrong, check, exercise, exercises
 
 __all__ = ["Verdict", "Wrong", "check", "exercise", "exercises"]
