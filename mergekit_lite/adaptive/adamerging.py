@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -45,9 +44,9 @@ from mergekit_lite.adaptive.coefficients import Coefficients, Init, merge_with, 
 from mergekit_lite.adaptive.history import History
 from mergekit_lite.adaptive.losses import Head, Loss, entropy_loss
 from mergekit_lite.checkpoints import StateDict
-from mergekit_lite.data_free.ties import elect, trim
+from mergekit_lite.data_free.ties import election, trim
 from mergekit_lite.registry import Need, method
-from mergekit_lite.task_vectors import Place, TaskVectors
+from mergekit_lite.task_vectors import TaskVectors
 
 
 @method(
@@ -160,9 +159,7 @@ def learn_coefficients(
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate must be positive and finite; got {learning_rate}.")
     layers = {name: (theta0, taus) for name, theta0, taus in tv.layers()}
-    free = starting(init, list(layers), len(tv), granularity)
-    if clamp and not ((free >= 0) & (free <= 1)).all():
-        raise ValueError("coefficients that start outside [0, 1] would be clamped and never move; use clamp=False.")
+    free = starting(init, list(layers), len(tv), granularity, clamp)
     of_weights = LossOfWeights(model, heads, tv, loss)
 
     def objective(inputs: Mapping[str, Tensor]) -> Mapping[str, float]:
@@ -230,7 +227,7 @@ def slope(gradient: Tensor | None, taus: Tensor) -> Tensor:
     r""":math:`\langle \partial L / \partial \theta, \tau_k \rangle` for one tensor: (K,); 0 where no gradient comes."""
     if gradient is None:
         return taus.new_zeros(len(taus))
-    return taus.flatten(1) @ gradient.to(taus).flatten()
+    return taus.reshape(len(taus), gradient.numel()) @ gradient.to(taus).flatten()
 
 
 def trim_and_elect(tv: TaskVectors, density: float = 0.2, granularity: str = "whole") -> TaskVectors:
@@ -250,16 +247,5 @@ def trim_and_elect(tv: TaskVectors, density: float = 0.2, granularity: str = "wh
         ValueError: density outside (0, 1], or another granularity.
     """
     trimmed = trim(tv, density, granularity)
-
-    @cache
-    def majority() -> float:  # takes a pass over the whole model, so it is asked for only where votes cancel
-        return float(torch.stack([elect(taus).sum() for _, taus in trimmed.pieces()]).sum().sign())
-
-    def agreeing(place: Place, taus: Tensor) -> Tensor:
-        signs = elect(taus)
-        cancelled = (signs == 0) & (taus.abs().amax(0) > 0)
-        if cancelled.any():
-            signs[cancelled] = majority()
-        return torch.where(taus * signs > 0, taus, 0.0)
-
-    return trimmed.transform_pieces(agreeing)
+    signs = election(trimmed)
+    return trimmed.transform_pieces(lambda place, taus: torch.where(taus * signs(taus) > 0, taus, 0.0))

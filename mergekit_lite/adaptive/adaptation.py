@@ -105,10 +105,7 @@ class LossOfWeights:
 
     def __init__(self, model: nn.Module, heads: Mapping[str, Head], tv: TaskVectors, loss: Loss = entropy_loss) -> None:
         self.heads, self.loss = heads, loss
-        self.network = copy.deepcopy(model).eval().requires_grad_(False)
-        lacking = self.network.load_state_dict(dict(tv.base), strict=False).unexpected_keys
-        if lacking:
-            raise KeyError(f"the model has no tensor '{lacking[0]}', which the task vectors have.")
+        self.network = at_base(model, tv)
         tensors = self.network.state_dict(keep_vars=True)
         self._tensors = {name: tensors[name] for name in tv._float_names()}
         if len({id(tensor) for tensor in self._tensors.values()}) < len(self._tensors):
@@ -122,16 +119,16 @@ class LossOfWeights:
         """Losses by task, and the gradient by name; there is none for buffers and for what the network does not use.
 
         Args:
-            weights: a tensor for every name of the task vectors' tensors.
+            weights: by name, for all tensors of the task vectors; a merged state dict, for instance.
             batch: inputs by task.
 
         Raises:
-            KeyError: a task has no head.
+            KeyError: a tensor is missing, or a task has no head.
             ValueError: a head's outputs are no logits.
         """
         with torch.no_grad():
-            for name, weight in weights.items():
-                self._tensors[name].copy_(weight)
+            for name, tensor in self._tensors.items():
+                tensor.copy_(weights[name])
         self.network.zero_grad()
         losses = {}
         for task, inputs in batch.items():
@@ -142,6 +139,20 @@ class LossOfWeights:
                 loss.backward(inputs=self._parameters)
             losses[task] = loss.item()
         return losses, {name: t.grad for name, t in self._tensors.items() if t.grad is not None}
+
+
+def at_base(model: nn.Module, tv: TaskVectors) -> nn.Module:
+    """A copy of a network with the base's weights, in inference mode, none of which takes gradients.
+
+    Raises:
+        KeyError: the network lacks a tensor of the task vectors.
+        RuntimeError: a tensor has another shape in the network.
+    """
+    network = copy.deepcopy(model).eval().requires_grad_(False)
+    lacking = network.load_state_dict(dict(tv.base), strict=False).unexpected_keys
+    if lacking:
+        raise KeyError(f"the model has no tensor '{lacking[0]}', which the task vectors have.")
+    return network
 
 
 # ---------------------------------------------------------------- the loop

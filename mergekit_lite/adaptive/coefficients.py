@@ -91,7 +91,7 @@ def weighted_sum(coefficients: Tensor, taus: Tensor) -> Tensor:
     return torch.tensordot(coefficients.to(taus), taus, dims=1)
 
 
-def starting(init: Init, names: Sequence[str], tasks: int, granularity: str) -> Tensor:
+def starting(init: Init, names: Sequence[str], tasks: int, granularity: str, clamp: bool = False) -> Tensor:
     """The coefficients before the first step, in float64 on the CPU: (K,), or (tensors, K) for layers.
 
     Args:
@@ -99,10 +99,11 @@ def starting(init: Init, names: Sequence[str], tasks: int, granularity: str) -> 
         names: of the tensors.
         tasks: K.
         granularity: ``"layer"`` or ``"task"``.
+        clamp: whether they will be kept in [0, 1].
 
     Raises:
         KeyError: `init` lacks a tensor.
-        ValueError: another granularity, another shape, or a number that is not finite.
+        ValueError: another granularity, another shape, a number that is not finite, or one that the clamp would hold.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}; got '{granularity}'.")
@@ -117,4 +118,6 @@ def starting(init: Init, names: Sequence[str], tasks: int, granularity: str) -> 
         raise ValueError(f"init is one number, {tasks} (one per task) or of shape {shape}; got {tuple(start.shape)}.")
     if not torch.isfinite(start).all():
         raise ValueError("init must be finite.")
+    if clamp and not ((start >= 0) & (start <= 1)).all():
+        raise ValueError("coefficients that start outside [0, 1] would be clamped and never move; use clamp=False.")
     return start.expand(shape).clone()

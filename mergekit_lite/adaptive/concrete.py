@@ -27,12 +27,13 @@ AdaMerging runs on the masked task vectors.
 coefficients jump across the whole interval, and Adam's averages outlive the coefficients, which go back to their start.
 So does ours (`inner_learning_rate`). Its final mask is one more random draw (``mask="sample"``). The mean of the
 distribution is the default here: the weights depend linearly on the mask, so it is the mean of all the merges that
-could be drawn, up to the division by the mean, and needs no luck. Buffers, such as running statistics, and parameters
-that the network does not use have no gradient and are not masked.
+could be drawn, up to the division by the mean, and needs no luck. Buffers, such as running statistics, have no gradient
+and no mask.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,13 +41,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lite.adaptive.adamerging import learn_coefficients, losses_and_slopes
+from mergekit_lite.adaptive.adamerging import bounded, learn_coefficients, losses_and_slopes
 from mergekit_lite.adaptive.adaptation import DivergenceError, Images, LossOfWeights, adapt, draws
 from mergekit_lite.adaptive.coefficients import Init, merge_with, starting, weighted_sum
 from mergekit_lite.adaptive.history import History
 from mergekit_lite.adaptive.losses import Head, Loss, entropy_loss
 from mergekit_lite.checkpoints import StateDict
 from mergekit_lite.data_free.dare import draw_seed
+from mergekit_lite.data_free.task_arithmetic import task_arithmetic
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors
 
@@ -95,7 +97,7 @@ class ConcreteMask(Mapping[str, Tensor]):
 
     def kept(self) -> dict[str, float]:
         """The share of entries that are more likely kept than not, by tensor name."""
-        return {name: (x > 0).double().mean().item() for name, x in self.items()}
+        return {name: _share_kept({name: x}) for name, x in self.items()}
 
     def __repr__(self) -> str:
         entries = sum(x.numel() for x in self.values())
@@ -154,7 +156,7 @@ def concrete(
     )
     fixed = masked(tv, learnt.mean() if mask == "mean" else learnt.sample(generator))
     if adamerging is None:
-        return merge_with(fixed, {name: torch.full((len(tv),), scale) for name in fixed.base})
+        return task_arithmetic(fixed, scale=scale)
     shared = {name: options[name] for name in ("loss", "batch", "progress") if name in options}
     found = learn_coefficients(
         fixed,
@@ -181,10 +183,18 @@ def masked(tv: TaskVectors, mask: Mapping[str, Tensor]) -> TaskVectors:
 
     Returns:
         K task vectors to merge by any method.
+
+    Raises:
+        ValueError: when they are read, if a tensor's mask is of another shape or all 0.
     """
 
     def multiply(name: str, taus: Tensor) -> Tensor:
-        return taus.mul_((mask[name] / mask[name].mean()).to(taus)) if name in mask else taus
+        if name not in mask:
+            return taus
+        m = mask[name].to(taus)
+        if m.shape != taus.shape[1:] or (m.numel() > 0 and not m.any()):
+            raise ValueError(f"'{name}' needs a mask of shape {tuple(taus.shape[1:])} that is not all 0.")
+        return taus.mul_(m / m.mean())
 
     return tv.transform(multiply)
 
@@ -234,41 +244,39 @@ def learn_mask(
         progress: show a progress bar.
 
     Returns:
-        The logits by tensor name, and their history: losses and the mean of σ(x), ``"kept"``, by kind of tensor.
+        The logits by tensor name, and their history: losses, and the share of positive logits as ``"share kept"``.
 
     Raises:
         KeyError: a task has no head, or a tensor is missing in the model.
         ValueError: no images, another kind of coefficients, or a number that makes no sense.
         DivergenceError: a loss or its gradient is not finite; `reached` has the mask so far.
     """
-    if temperature <= 0 or learning_rate <= 0 or inner_learning_rate <= 0:
-        raise ValueError(
-            "temperature and learning rates must be positive; "
-            f"got {temperature}, {learning_rate} and {inner_learning_rate}."
-        )
+    for number in (temperature, learning_rate, inner_learning_rate):
+        if not 0 < number < math.inf:
+            raise ValueError(f"temperature and learning rates must be positive and finite; got {number}.")
     of_weights = LossOfWeights(model, heads, tv, loss)
     layers = {name: (theta0, taus) for name, theta0, taus in tv.layers()}
     logits = {name: torch.zeros_like(layers[name][0]) for name in of_weights.trainable}
-    start = starting(scale, list(layers), len(tv), "layer" if coefficients is None else coefficients)
+    start = starting(scale, list(layers), len(tv), "layer" if coefficients is None else coefficients, clamp)
     free = start.clone()
-    inner, inner_batches = torch.optim.Adam([free], lr=inner_learning_rate), draws(images, batch, generator)
+    inner = torch.optim.Adam([free], lr=inner_learning_rate)
+    batches = draws(images, batch, generator)
     noise = torch.Generator().manual_seed(draw_seed(generator))
 
     def objective(inputs: Mapping[str, Tensor]) -> Mapping[str, float]:
         masks = {name: relaxed(x, temperature, noise) for name, x in logits.items()}
         hats = {name: m / m.mean() for name, m in masks.items()}
-        if coefficients is not None:
+        if coefficients is not None:  # one step of AdaMerging from the start, for these masks, on images of its own
             free.copy_(start)
-            covered = {n: (theta0, taus * hats[n] if n in hats else taus) for n, (theta0, taus) in layers.items()}
-            _, free.grad = losses_and_slopes(free, clamp, covered, of_weights, next(inner_batches))
+            covered = {n: (theta0, hats.get(n, 1.0) * taus) for n, (theta0, taus) in layers.items()}
+            _, free.grad = losses_and_slopes(free, clamp, covered, of_weights, next(batches))
             inner.step()
-        lambdas = (free.clamp(0, 1) if clamp else free).expand(len(layers), len(tv))
+        lambdas = bounded(free, clamp).expand(len(layers), len(tv))
         sums = {n: weighted_sum(row, taus) for (n, (_, taus)), row in zip(layers.items(), lambdas, strict=True)}
-        merged = {n: theta0 + (sums[n] * hats[n] if n in hats else sums[n]) for n, (theta0, _) in layers.items()}
+        merged = {n: theta0 + hats.get(n, 1.0) * sums[n] for n, (theta0, _) in layers.items()}
         losses, gradient = of_weights(merged, inputs)
-        for name, x in logits.items():
-            g = gradient.get(name)
-            x.grad = None if g is None else slope_of_logits(g * sums[name], masks[name], temperature)
+        for name, g in gradient.items():
+            logits[name].grad = slope_of_logits(g.to(sums[name]) * sums[name], masks[name], temperature)
         return losses
 
     def found(history: History | None = None) -> ConcreteMask:
@@ -283,7 +291,7 @@ def learn_mask(
         history = adapt(
             torch.optim.Adam(list(logits.values()), lr=learning_rate),
             objective,
-            draws(images, batch, generator),
+            batches,
             steps=steps,
             record=lambda: {"share kept": {"mask": _share_kept(logits)}},
             measure=None if measure is None else measure_mean,

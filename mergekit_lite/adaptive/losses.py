@@ -30,11 +30,9 @@ needs nothing more than the others, as whoever merges has the experts; the merge
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -49,8 +47,8 @@ def entropy(logits: Tensor) -> Tensor:
         >>> entropy(torch.zeros(10, 2))  # log 2
         tensor(0.6931)
     """
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits  # half precision is too coarse for a sum
-    return _entropy_of(logits.log_softmax(-1)).mean()
+    log_p = _log_softmax(logits)
+    return _cross_entropy(log_p.exp(), log_p).mean()
 
 
 def entropy_loss(task: str, inputs: Tensor, logits: Tensor) -> Tensor:
@@ -60,8 +58,11 @@ def entropy_loss(task: str, inputs: Tensor, logits: Tensor) -> Tensor:
 
 def information_loss(task: str, inputs: Tensor, logits: Tensor) -> Tensor:
     """The mean entropy of a batch's predictions, less the entropy of their mean."""
-    log_p = logits.log_softmax(-1)
-    return _entropy_of(log_p).mean() - _entropy_of(log_p.logsumexp(0) - math.log(len(log_p)))
+    log_p = _log_softmax(logits)
+    p = log_p.exp()
+    mean = p.mean(0)
+    log_mean = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()  # at 0 a logarithm has no slope
+    return (_cross_entropy(p, log_p) - _cross_entropy(mean, log_mean)).mean()
 
 
 def imitation_loss(model: nn.Module, experts: Mapping[str, Mapping[str, Tensor]], heads: Mapping[str, Head]) -> Loss:
@@ -81,10 +82,11 @@ def imitation_loss(model: nn.Module, experts: Mapping[str, Mapping[str, Tensor]]
     def loss(task: str, inputs: Tensor, logits: Tensor) -> Tensor:
         if task not in experts:
             raise KeyError(f"no expert for the task '{task}'; there are {', '.join(experts)}.")
+        weights = {name: tensor.to(inputs.device) for name, tensor in experts[task].items()}
         with torch.no_grad():
-            outputs = functional_call(network, dict(experts[task]), (inputs,))
-            answers = logits_of(task, inputs, outputs, heads).softmax(-1)
-        return F.cross_entropy(logits, answers)
+            outputs = functional_call(network, weights, (inputs,))
+            q = _log_softmax(logits_of(task, inputs, outputs, heads)).exp()
+        return _cross_entropy(q, _log_softmax(logits)).mean()
 
     return loss
 
@@ -107,6 +109,11 @@ def logits_of(task: str, inputs: Tensor, outputs: Tensor, heads: Mapping[str, He
     return logits
 
 
-def _entropy_of(log_p: Tensor) -> Tensor:
+def _log_softmax(logits: Tensor) -> Tensor:
+    # Half precision is too coarse for a sum over classes.
+    return (logits.float() if logits.dtype.itemsize < 4 else logits).log_softmax(-1)
+
+
+def _cross_entropy(q: Tensor, log_p: Tensor) -> Tensor:
     # A probability of 0 has a logarithm of minus infinity; their product is 0, not NaN.
-    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+    return -(q * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)

@@ -27,14 +27,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from mergekit_lite.adaptive.adaptation import DivergenceError, Images, adapt, draws
-from mergekit_lite.adaptive.coefficients import merge_with
+from mergekit_lite.adaptive.adaptation import DivergenceError, Images, adapt, at_base, draws
 from mergekit_lite.adaptive.history import History
 from mergekit_lite.adaptive.losses import Head, Loss, entropy_loss, logits_of
 from mergekit_lite.checkpoints import PathLike, SafetensorsFile, save
@@ -101,8 +101,8 @@ def wemoe(
         ValueError: no images, no modules, another route, or a number that makes no sense.
         DivergenceError: a loss or its gradient is not finite; `reached` has the network so far.
     """
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be positive; got {learning_rate}.")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be positive and finite; got {learning_rate}.")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     batches = draws(images, batch, generator)
     network = WEMoE.start(tv, model, next(iter(next(batches).values())), modules, scale, init, generator)
@@ -115,7 +115,7 @@ def wemoe(
         for task, x in inputs.items():
             x = x.to(routers[0].device)
             value = loss(task, x, logits_of(task, x, network(x), heads))
-            value.backward()
+            value.backward(inputs=routers)
             losses[task] = value.item()
         return losses
 
@@ -177,17 +177,19 @@ class Mixture(nn.Module):
 
     def coefficients(self, h: Tensor) -> Tensor:
         """w: (N, K), the mean over tokens of what the router answers to each."""
-        tokens = h.movedim(1, -1) if h.ndim == 4 else h
-        answers: Tensor = self.router(tokens)
+        answers: Tensor = self.router(h.movedim(features_axis(self.module, h), -1))
         return answers.flatten(1, -2).mean(1) if answers.ndim > 2 else answers
 
     def merged(self, w: Tensor) -> dict[str, Tensor]:
         """The weights for coefficients (N, K), by name: (N, *shape)."""
         tensors = self.module.state_dict(keep_vars=True)
-        return {
-            name: tensors[name] + torch.tensordot(w.to(tensors[name]), getattr(self, buffer), dims=1)
-            for name, buffer in self._names.items()
-        }
+        merged = {}
+        for name, buffer in self._names.items():
+            tensor = tensors[name]
+            # Through statistics of normalisation, which are no parameters, torch passes no gradient.
+            share = w.to(tensor) if isinstance(tensor, nn.Parameter) else w.to(tensor).detach()
+            merged[name] = tensor + torch.tensordot(share, getattr(self, buffer), dims=1)
+        return merged
 
 
 class WEMoE(nn.Module):
@@ -204,7 +206,8 @@ class WEMoE(nn.Module):
         super().__init__()
         for name, mixture in mixtures.items():
             network.set_submodule(name, mixture)
-        self.network, self.mixtures, self.tasks, self.history = network.eval(), dict(mixtures), list(tasks), History()
+        self.network, self.mixtures, self.tasks, self.history = network, dict(mixtures), list(tasks), History()
+        self.eval()
 
     @classmethod
     def start(
@@ -230,26 +233,30 @@ class WEMoE(nn.Module):
 
         Raises:
             KeyError: no module of some name, or a tensor that the network does not have.
-            ValueError: no module is called ``mlp``, or one stands inside of another.
+            ValueError: no module is called ``mlp``; one stands inside of another, is not used, or has no task vectors.
         """
-        network = copy.deepcopy(model).eval().requires_grad_(False)
+        if not (math.isfinite(scale) and math.isfinite(init)):
+            raise ValueError(f"scale and init must be finite; got {scale} and {init}.")
+        network, where = at_base(model, tv), next(model.parameters())
         known = dict(network.named_modules())
-        names = [n for n in known if n.split(".")[-1] == "mlp"] if modules is None else list(modules)
+        names = [n for n in known if n.split(".")[-1] == "mlp"] if modules is None else list(dict.fromkeys(modules))
         _check_modules(names, known)
-        network.load_state_dict(dict(tv.base), strict=False)
-        widths = _widths(network, names, inputs)
-        arithmetic = merge_with(tv, {name: torch.full((len(tv),), scale) for name in tv._float_names()})
+        widths = _widths(network, names, inputs.to(where.device))
+        owners = {tensor: next((n for n in names if tensor.startswith(n + ".")), None) for tensor in tv._float_names()}
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-        for tensor, theta0, taus in tv.layers():
-            owner = next((n for n in names if tensor.startswith(n + ".")), None)
-            if owner is not None:
-                arithmetic[tensor] = theta0
-                if taus.any():  # what no expert has changed need not be merged
-                    parts[owner][tensor.removeprefix(owner + ".")] = taus
-        network.load_state_dict(arithmetic, strict=False)
+        parameters = {tensor for tensor, _ in network.named_parameters()}
+        for tensor, _, taus in tv.layers():
+            owner = owners[tensor]
+            if owner is not None and (tensor in parameters or taus.any()):  # statistics, only if experts changed them
+                parts[owner][tensor.removeprefix(owner + ".")] = taus
+        without = [name for name, taus in parts.items() if not taus]
+        if without:
+            raise ValueError(f"the task vectors have no tensor of the module '{without[0]}'.")
+        outside = tv.map(lambda tensor, taus: (scale if owners[tensor] is None else 0.0) * taus.sum(0))
+        network.load_state_dict(outside, strict=False)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         mixtures = {n: Mixture(known[n], parts[n], router(widths[n], len(tv), init, generator)) for n in names}
-        return cls(network, mixtures, tv.names).to(inputs.dtype)
+        return cls(network, mixtures, tv.names).to(where)
 
     @property
     def routers(self) -> dict[str, nn.Sequential]:
@@ -313,35 +320,39 @@ class WEMoE(nn.Module):
             raise ValueError(f"'{path}' does not hold a mixture written by WEMoE.save.")
         facts = json.loads(file.metadata["wemoe"])
         network, mixtures = copy.deepcopy(model).eval().requires_grad_(False), {}
-        known = dict(network.named_modules())
-        _check_modules(facts["modules"], known)
-        for name in facts["modules"]:
-            prefix = f"{name}.taus_"
-            taus = {n.removeprefix(prefix).replace("/", "."): file[n].clone() for n in file if n.startswith(prefix)}
-            width = file[f"{name}.router.0.weight"].shape[1]
-            mixtures[name] = Mixture(known[name], taus, router(width, len(facts["tasks"]), 0.0, torch.Generator()))
-        loaded = cls(network, mixtures, facts["tasks"]).to(next(model.parameters()).dtype)
         try:
+            for name in facts["modules"]:
+                prefix = f"{name}.taus_"
+                taus = {n.removeprefix(prefix).replace("/", "."): file[n].clone() for n in file if n.startswith(prefix)}
+                width = file[f"{name}.router.0.weight"].shape[1]
+                answers = router(width, len(facts["tasks"]), 0.0, torch.Generator())
+                mixtures[name] = Mixture(network.get_submodule(name), taus, answers)
+            loaded = cls(network, mixtures, facts["tasks"]).to(next(model.parameters()))
             loaded.network.load_state_dict({name: file[name] for name in file})
-        except RuntimeError as problem:
+        except (AttributeError, RuntimeError) as problem:
             raise ValueError(f"'{path}' is a mixture of another network: {problem}") from problem
         return loaded
 
 
 def router(width: int, tasks: int, init: float, generator: torch.Generator) -> nn.Sequential:
     """Linear(d, d), ReLU, Linear(d, K); weights of standard deviation 0.01, the last bias `init`."""
-    first, last = nn.Linear(width, width), nn.Linear(width, tasks)
+    first, last = (nn.utils.skip_init(nn.Linear, width, answers) for answers in (width, tasks))
     for linear, bias in ((first, 0.0), (last, init)):
         nn.init.normal_(linear.weight, std=0.01, generator=generator)
         nn.init.constant_(linear.bias, bias)
     return nn.Sequential(first, nn.ReLU(), last)
 
 
+def features_axis(module: nn.Module, h: Tensor) -> int:
+    """The axis of a module's input along which a token's d numbers lie: 1 in feature maps, else the last."""
+    return 1 if h.ndim == 4 and any(p.ndim == 4 for p in module.parameters()) else -1
+
+
 def _check_modules(names: Sequence[str], known: Mapping[str, nn.Module]) -> None:
     if not names:
         raise ValueError(
             "no module of this network is called 'mlp'; name those that shall merge for every input, such as "
-            f"modules=[{next((repr(n) for n, m in known.items() if n and any(m.parameters())), '')}]."
+            f"modules=[{next((repr(n) for n, m in known.items() if n and list(m.parameters())), '')}]."
         )
     for name in names:
         if not name or name not in known:
@@ -359,7 +370,7 @@ def _widths(network: nn.Module, names: Sequence[str], inputs: Tensor) -> dict[st
     for name in names:
 
         def look(module: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
-            widths[name] = arguments[0].shape[1 if arguments[0].ndim == 4 else -1]
+            widths[name] = arguments[0].shape[features_axis(module, arguments[0])]
 
         handles.append(network.get_submodule(name).register_forward_pre_hook(look))
     try:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 import mergekit_lite as mkl
 from mergekit_lite.adaptive.adamerging import losses_and_slopes
@@ -144,6 +145,84 @@ def test_the_whole_descent_is_that_of_autograd_through_the_merge(granularity, cl
     same(ours, merged(free.detach()), rtol=1e-9, atol=1e-12)
 
 
+# ---------------------------------------------------------------- other losses
+
+
+@pytest.mark.parametrize("granularity", ["layer", "task"])
+def test_with_another_loss_the_slopes_are_its_slopes(granularity):
+    """Imitation and information, by autograd through merge and network; statistics are alike, as they have no slope."""
+    tv, net, heads, images = problem(statistics=False)
+    experts = dict(zip(tv.names, tv._experts, strict=True))
+    q = {t: heads[t](functional_call(net, experts[t], (x,))).softmax(1).detach() for t, x in images.items()}
+    names = [name for name, _, _ in tv.layers()]
+    shape = (len(names), 3) if granularity == "layer" else (3,)
+    free = (0.3 + 0.1 * random(*shape)).requires_grad_()
+
+    def entropy_of(p):
+        return -(p * p.log()).sum(-1)
+
+    losses = {
+        mkl.imitation_loss(net, experts, heads): lambda t, p: -(q[t] * p.log()).sum(1).mean(),
+        mkl.information_loss: lambda t, p: entropy_of(p).mean() - entropy_of(p.mean(0)),
+    }
+    for loss, by_hand in losses.items():
+        merged = merged_by_hand(tv, dict(zip(names, free.expand(len(names), 3), strict=True)).__getitem__)
+        merged = {name: t.detach() if "running" in name else t for name, t in merged.items()}
+        p = {t: heads[t](functional_call(net, merged, (x,))).softmax(1) for t, x in images.items()}
+        values = {t: by_hand(t, p[t]) for t in p}
+        (expected,) = torch.autograd.grad(sum(values.values()), free)
+        layers = {name: (theta0, taus) for name, theta0, taus in tv.layers()}
+        of_weights = mkl.LossOfWeights(net, heads, tv, loss)
+        ours, slopes = losses_and_slopes(free.detach(), False, layers, of_weights, images)
+        torch.testing.assert_close(slopes, expected, rtol=1e-9, atol=1e-12)
+        assert ours == pytest.approx({t: value.item() for t, value in values.items()}, rel=1e-12)
+
+
+def test_the_loss_that_is_given_is_what_it_descends_on():
+    tv, net, heads, images = problem()
+    imitation = mkl.imitation_loss(net, dict(zip(tv.names, tv._experts, strict=True)), heads)
+
+    def value(loss, found):
+        merged = mkl.merge_with(tv, found)
+        logits = {t: heads[t](functional_call(net, merged, (x,))) for t, x in images.items()}
+        return sum(loss(t, images[t], z).item() for t, z in logits.items())
+
+    found = {
+        loss: mkl.learn_coefficients(tv, net, heads, images, loss=loss, **QUICK)
+        for loss in (mkl.entropy_loss, mkl.information_loss, imitation)
+    }
+    for loss, coefficients in found.items():
+        assert value(loss, coefficients) < value(loss, starting_point(tv)) - 0.05
+    assert min(found, key=lambda loss: value(imitation, found[loss])) is imitation
+    assert value(mkl.entropy_loss, found[mkl.entropy_loss]) < value(mkl.entropy_loss, found[imitation])
+    assert not torch.equal(found[mkl.entropy_loss]["4.weight"], found[mkl.information_loss]["4.weight"])
+    same(found[mkl.entropy_loss], mkl.learn_coefficients(tv, net, heads, images, **QUICK), rtol=0, atol=0)
+    merged = mkl.adamerging(tv, net, heads, images, loss=imitation, **QUICK)
+    same(merged, mkl.merge_with(tv, found[imitation]), rtol=0, atol=0)
+    history = found[imitation].history
+    assert history.average("loss")[0] * 3 == pytest.approx(value(imitation, starting_point(tv)))
+    assert history.quantities == ["loss", "coefficient"]
+
+
+def starting_point(tv):
+    return {name: torch.full((3,), 0.3, dtype=torch.float64) for name in tv.base}
+
+
+def test_a_loss_is_told_the_task_its_inputs_and_the_logits_of_its_own_head():
+    tv, net, heads, images = problem()
+    calls = []
+
+    def loss(task, inputs, logits):
+        calls.append(task)
+        assert all(any(torch.equal(x, y) for y in images[task]) for x in inputs)
+        expected = heads[task](functional_call(net, mkl.task_arithmetic(tv, scale=0.3), (inputs,)))
+        torch.testing.assert_close(logits, expected)
+        return logits.square().mean()
+
+    mkl.learn_coefficients(tv, net, heads, images, loss=loss, **QUICK | {"steps": 1, "batch": 5})
+    assert calls == ["a", "b", "c"]
+
+
 # ---------------------------------------------------------------- what it does
 
 
@@ -257,6 +336,41 @@ def test_other_precisions(dtype):
     exact = mkl.adamerging(tv, problem()[1], problem()[2], images, **options)
     for name in exact:
         assert (merged[name].double() - exact[name].double()).abs().max() < (0.15 if dtype == torch.bfloat16 else 1e-4)
+
+
+class Odd(nn.Module):
+    """A network with a tensor without axes and one without entries."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.scale, self.none = nn.Parameter(torch.tensor(value)), nn.Parameter(torch.zeros(0, 3))
+        self.weight = nn.Parameter(torch.tensor([[value, 1.0], [0.5, -value]]))
+
+    def forward(self, x):
+        return self.scale * x @ self.weight + self.none.sum()
+
+
+def odd_problem():
+    torch.manual_seed(0)
+    tv = mkl.TaskVectors(Odd(1.0), {"a": Odd(2.0), "b": Odd(-1.0)})
+    return tv, Odd(1.0), {"a": nn.Identity(), "b": nn.Identity()}, {"a": torch.randn(6, 2), "b": torch.randn(6, 2)}
+
+
+def test_tensors_without_axes_and_without_entries():
+    tv, net, heads, images = odd_problem()
+    found = mkl.learn_coefficients(tv, net, heads, images, **QUICK)
+    assert found["none"].tolist() == pytest.approx([0.3, 0.3])
+    assert (found["scale"] - 0.3).abs().min() > 0.01
+    lam = found["scale"].tolist()
+    assert mkl.merge_with(tv, found)["scale"].item() == pytest.approx(1 + lam[0] - 2 * lam[1])
+    same(
+        mkl.adamerging(mkl.trim_and_elect(tv, 1.0), net, heads, images, **QUICK | {"steps": 0}),
+        {
+            "scale": torch.tensor(1 - 0.3 * 2),
+            "none": torch.zeros(0, 3),
+            "weight": torch.tensor([[0.4, 1.0], [0.5, -0.4]]),
+        },
+    )
 
 
 # ---------------------------------------------------------------- where it starts

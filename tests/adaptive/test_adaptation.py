@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mergekit_lite as mkl
-from mergekit_lite.adaptive import DivergenceError, LossOfWeights, History, adapt, draws, entropy
+from mergekit_lite.adaptive import DivergenceError, History, LossOfWeights, adapt, draws, entropy
 from tests.adaptive.examples import merged_by_hand, problem, tiny_net, uncertainty
 from tests.test_task_vectors import Tied
 
@@ -134,6 +134,23 @@ def test_entropies_and_gradient_are_those_of_a_network_with_these_weights():
     assert set(gradient) == set(parameters), "statistics have none"
     for name, g in gradient.items():
         torch.testing.assert_close(g, leaves[name].grad, rtol=1e-10, atol=1e-12)
+
+
+def test_another_loss_and_which_tensors_are_trainable():
+    tv, net, heads, images = problem()
+    weights = {name: theta0 for name, theta0, _ in tv.layers()}
+    weight = {"a": 1.0, "b": 2.0, "c": 1.0}
+    of_weights = LossOfWeights(net, heads, tv, lambda task, x, logits: weight[task] * logits.square().sum())
+    assert of_weights.trainable == [name for name, _ in net.named_parameters()]
+    assert len(of_weights.trainable) == len(weights) - 2, "the statistics of normalisation are buffers"
+    losses, gradient = of_weights(weights, images)
+    by_hand = {task: weight[task] * heads[task](net(x)).square().sum() for task, x in images.items()}
+    assert losses == pytest.approx({task: loss.item() for task, loss in by_hand.items()}, rel=1e-12)
+    expected = torch.autograd.grad(sum(by_hand.values()), list(net.parameters()))
+    for name, g in zip(of_weights.trainable, expected, strict=True):
+        torch.testing.assert_close(gradient[name], g, rtol=1e-10, atol=1e-12)
+    part = {name: tensor for name, tensor in tv.base.items() if name.startswith(("4", "1.running"))}
+    assert LossOfWeights(net, heads, mkl.TaskVectors(part, [part])).trainable == ["4.weight", "4.bias"]
 
 
 def test_the_model_and_the_heads_are_not_touched():
@@ -412,6 +429,4 @@ def test_a_history_as_a_picture(history):
 
 
 def test_a_history_in_one_line(history):
-    assert (
-        repr(history) == "History(4 steps; entropy 1.500 to 0.000; coefficient 0.300 to 0.300; accuracy 0.500 to 0.750)"
-    )
+    assert repr(history) == "History(4 steps; loss 1.500 to 0.000; coefficient 0.300 to 0.300; accuracy 0.500 to 0.750)"
