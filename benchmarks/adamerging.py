@@ -13,13 +13,13 @@ Times are the shortest of several rounds, in which the ways take turns; memory i
 import argparse
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from memory import measured
+from memory import give_back_freed_memory, measured
 from torch.func import functional_call
 
 import mergekit_lite as mkl
@@ -92,42 +92,58 @@ def steps(tasks: int) -> tuple[dict[str, Callable[[], object]], Callable[[], flo
     return dict(zip(WAYS, made, strict=True)), apart
 
 
-def memory_of(way: str, tasks: int, results: multiprocessing.Queue) -> None:
+def step_of(way: str, tasks: int) -> Callable[[], object]:
+    return steps(tasks)[0][way]
+
+
+def memory_of(make: Callable[..., Callable[[], object]], *arguments: object) -> int:
+    """The bytes that ``make(*arguments)()`` adds to what its making left, in a process of its own, on one thread."""
+    context = multiprocessing.get_context("spawn")
+    results: multiprocessing.Queue = context.Queue()
+    process = context.Process(target=_measure_memory, args=(results, make, *arguments))
+    process.start()
+    memory: int = results.get()
+    process.join()
+    return memory
+
+
+def _measure_memory(
+    results: multiprocessing.Queue, make: Callable[..., Callable[[], object]], *arguments: object
+) -> None:
     torch.set_num_threads(1)
-    step = steps(tasks)[0][way]
-    results.put(measured(step)[2])
+    function = make(*arguments)
+    give_back_freed_memory()  # or the function would use it again, and seem to need none
+    results.put(measured(function)[2])
+
+
+def fastest(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The shortest seconds of each of several functions, which take turns."""
+    seconds = dict.fromkeys(ways, float("inf"))
+    for round_ in range(rounds + 1):
+        for way, function in ways.items():
+            started = time.perf_counter()
+            function()
+            if round_:  # the first is for warming up
+                seconds[way] = min(seconds[way], time.perf_counter() - started)
+    return seconds
 
 
 def run(tasks: int, rounds: int) -> list[dict[str, object]]:
     torch.set_num_threads(1)
     keep_freed_memory()
     made, apart = steps(tasks)
-    fastest = dict.fromkeys(WAYS, float("inf"))
-    for round_ in range(rounds + 1):
-        for way, step in made.items():
-            started = time.perf_counter()
-            step()
-            if round_:  # the first is for warming up
-                fastest[way] = min(fastest[way], time.perf_counter() - started)
+    seconds = fastest(made, rounds)
     assert apart() < 1e-4, "not the same gradient"
-    rows = []
-    for way in WAYS:
-        results: multiprocessing.Queue = multiprocessing.get_context("spawn").Queue()
-        process = multiprocessing.get_context("spawn").Process(target=memory_of, args=(way, tasks, results))
-        process.start()
-        memory = results.get()
-        process.join()
-        seconds = fastest[way]
-        rows.append(
-            {
-                "K": tasks,
-                "way": way,
-                "seconds": round(seconds, 3),
-                "time / training": round(seconds / fastest["training"], 3),
-                "memory (MB)": round(memory / 1e6),
-            }
-        )
-    return rows
+    return [
+        {
+            "K": tasks,
+            "way": way,
+            "seconds": round(seconds[way], 3),
+            "time / training": round(seconds[way] / seconds["training"], 3),
+            "memory (MB)": round(memory_of(step_of, way, tasks) / 1e6),
+        }
+        for way in WAYS
+    ]
 
 
 def main() -> None:

@@ -296,7 +296,7 @@ class TaskVectors:
         for name in self._float_names() if names is None else names:
             theta0 = _for_computing(self.base[name])
             if transformed_whole:
-                taus = self._taus(name, theta0).flatten(1)
+                taus = _rows(self._taus(name, theta0))
                 for place, piece in _places(name, theta0):
                     yield place, theta0.flatten()[piece], taus[:, piece]
                 continue
@@ -438,9 +438,14 @@ def _places(name: str, theta0: Tensor) -> Iterator[tuple[Place, slice]]:
         yield Place(name, start), slice(start, start + _size(theta0))
 
 
+def _rows(taus: Tensor) -> Tensor:
+    """(K, *shape) as (K, n), also where there is no axis or no entry."""
+    return taus[:, None] if taus.ndim == 1 else taus.flatten(1)
+
+
 def _in_pieces(f: PieceFunction, name: str, taus: Tensor) -> Tensor:
     """A function of pieces applied to a whole tensor (K, *shape): (K', *shape)."""
-    flat = taus.flatten(1)
+    flat = _rows(taus)
     done = [f(place, flat[:, piece]) for place, piece in _places(name, taus[0])]
     return torch.cat(done, dim=1).view(-1, *taus.shape[1:]) if done else taus
 

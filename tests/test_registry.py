@@ -19,6 +19,8 @@ def test_methods_can_be_asked_for_by_need():
     assert set.union(*by_need) == set(mkl.methods())
     assert sum(map(len, by_need)) == len(mkl.methods())
     assert set(mkl.methods(mkl.Need.CALIBRATION)) == {"fisher", "regmean", "regmean_plus_plus", "mats"}
+    assert set(mkl.methods(mkl.Need.TEST_INPUTS)) == {"adamerging", "concrete", "wemoe"}
+    assert list(mkl.methods(mkl.Need.TEST_INPUTS)) == ["concrete", "adamerging", "wemoe"], "by year"
     assert mkl.methods(mkl.Need.ADAPTERS) == {}
 
 

@@ -134,7 +134,8 @@ def test_layers_of_the_house():
     allowed["lab"] = {*allowed["suites"], "selection", "adaptive", "lab"}
     of_data_free = {
         "calibrated": {"average", "depth"},  # RegMean++ starts from the average and goes by depth
-        "adaptive": {"ties", "dare"},  # AdaMerging++ takes TIES' first two steps; seeds are drawn as for DARE
+        # AdaMerging++ takes TIES' first two steps, Concrete adds what it has masked; seeds are drawn as for DARE
+        "adaptive": {"ties", "task_arithmetic", "dare"},
     }
     for folder, below in allowed.items():
         for path in (ROOT / "mergekit_lite" / folder).rglob("*.py"):

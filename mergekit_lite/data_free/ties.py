@@ -15,6 +15,7 @@ arguments here: merging tools often trim each tensor by itself (``granularity="l
 release adds the agreeing entries up instead of averaging them (``combine="sum"``, with a scale near 0.3).
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from mergekit_lite.checkpoints import StateDict
 from mergekit_lite.registry import Need, method
 from mergekit_lite.selection import kth_smallest, magnitudes
-from mergekit_lite.task_vectors import Place, TaskVectors
+from mergekit_lite.task_vectors import TaskVectors
 
 
 @method(
@@ -86,6 +87,23 @@ def elect(taus: Tensor) -> Tensor:
     return taus.sum(0).sign_()
 
 
+def election(tv: TaskVectors) -> Callable[[Tensor], Tensor]:
+    """The election as a function of any piece (K, n) of the task vectors; the majority decides where votes cancel."""
+
+    @cache
+    def majority() -> float:  # takes a pass over the whole model, so it is asked for only where votes cancel
+        return float(torch.stack([elect(taus).sum() for _, taus in tv.pieces()]).sum().sign())
+
+    def signs(taus: Tensor) -> Tensor:
+        elected = elect(taus)
+        cancelled = (elected == 0) & (taus.abs().amax(0) > 0)
+        if cancelled.any():
+            elected[cancelled] = majority()
+        return elected
+
+    return signs
+
+
 def disjoint_merge(taus: Tensor, signs: Tensor, combine: str = "mean") -> Tensor:
     """Sum or average, per entry of (K, n), what is not zero and has the elected sign."""
     agreeing = (taus * signs).clamp_(min=0)  # how far each goes in the elected direction
@@ -102,18 +120,8 @@ def elect_and_merge(tv: TaskVectors, *, scale: float, combine: str = "mean") -> 
     if combine not in ("mean", "sum"):
         raise ValueError(f"combine must be 'mean' or 'sum', got '{combine}'.")
 
-    @cache
-    def majority() -> float:  # takes a pass over the whole model, so it is asked for only where votes cancel
-        return float(torch.stack([elect(taus).sum() for _, taus in tv.pieces()]).sum().sign())
-
-    def merge(place: Place, taus: Tensor) -> Tensor:
-        signs = elect(taus)
-        cancelled = (signs == 0) & (taus.abs().amax(0) > 0)
-        if cancelled.any():
-            signs[cancelled] = majority()
-        return scale * disjoint_merge(taus, signs, combine)
-
-    return tv.map_pieces(merge)
+    signs = election(tv)
+    return tv.map_pieces(lambda place, taus: scale * disjoint_merge(taus, signs(taus), combine))
 
 
 def keep_from(taus: Tensor, smallest: Tensor) -> Tensor:

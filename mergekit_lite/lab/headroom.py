@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mergekit_lite.adaptive.losses import entropy
 from mergekit_lite.checkpoints import StateDict
 from mergekit_lite.data_free.awd import combine
 from mergekit_lite.geometry import rows_of
@@ -60,7 +61,7 @@ def fit_scales(
     sizes = {name: (rows_of(taus).shape[1],) if granularity == "row" else () for name, taus in layers.items()}
     common = torch.full((len(tv),), start)  # one tensor for all names, if the scales are those of whole task vectors
     scales = {n: common if granularity == "whole" else torch.full((*size, len(tv)), start) for n, size in sizes.items()}
-    loss = F.cross_entropy if labels else entropy
+    loss = F.cross_entropy if labels else lambda logits, labels: entropy(logits)
     optimizer = torch.optim.Adam({id(s): s for s in scales.values()}.values(), lr=step)
     for iteration in trange(iterations, desc=f"{granularity} scales", disable=None if progress else True):
         glance = suite.cut(images, seed=iteration)
@@ -77,11 +78,6 @@ def fit_scales(
     return scales
 
 
-def entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """How undecided the predictions are, in nats, on average over images; the labels are not looked at."""
-    return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
-
-
 def scaled(tv: TaskVectors, scales: Scales) -> StateDict:
-    """Task arithmetic with the scales that `fit_scales` found."""
+    """Task arithmetic with the scales that `fit_scales` found; unlike `merge_with` it takes those of rows, too."""
     return tv.map(lambda name, taus: combine(scales[name], taus))

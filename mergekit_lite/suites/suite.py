@@ -405,10 +405,15 @@ class Suite:
 
         Args:
             seed: of the random division.
+
+        Raises:
+            ValueError: a task has fewer than two test images.
         """
         generator = torch.Generator().manual_seed(seed)
         parts: tuple[dict[str, Task], dict[str, Task]] = {}, {}
         for name, task in self.tasks.items():
+            if len(task.test) < 2:
+                raise ValueError(f"'{name}' has {len(task.test)} test image(s), too few for two halves.")
             order = torch.randperm(len(task.test), generator=generator)
             for part, chosen in zip(parts, order.chunk(2), strict=True):
                 part[name] = replace(task, test=task.test[chosen])

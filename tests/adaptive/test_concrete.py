@@ -381,8 +381,8 @@ def test_before_the_first_step_it_is_task_arithmetic(tv, adamerging):
     none = {"steps": 0, "coefficient_steps": 0, "progress": False}
     merged = concrete(tv, small_net(0), heads, images, adamerging=adamerging, **none)
     same(merged, mkl.task_arithmetic(tv, scale=0.3))
-    other = concrete(tv, small_net(0), heads, images, adamerging=adamerging, scale=0.7, **none)
-    same(other, mkl.task_arithmetic(tv, scale=0.7))
+    beyond = concrete(tv, small_net(0), heads, images, adamerging=adamerging, scale=1.7, **none)
+    same(beyond, mkl.task_arithmetic(tv, scale=1.7))  # by default there are no bounds
 
 
 def test_float64_is_merged_in_float64():

@@ -247,6 +247,72 @@ def test_a_suite_cut_down_is_a_part_of_it(folders):
         suite.cut(0)
 
 
+def as_bytes(image):
+    return image.numpy().tobytes()
+
+
+def images_of(split):
+    return sorted(map(as_bytes, split.images))
+
+
+def test_halves_share_everything_but_the_test_images(small):
+    small.finetune(progress=False)
+    small.held_out = {"again": small.tasks["two"]}
+    seen, unseen = small.halves()
+    for name, task in small.tasks.items():
+        first, second = seen.tasks[name], unseen.tasks[name]
+        assert len(first.test) == len(second.test) == len(task.test) // 2
+        assert images_of(task.test) == sorted(images_of(first.test) + images_of(second.test)), "each in one of them"
+        labels = dict(zip(map(as_bytes, task.test.images), task.test.labels.tolist(), strict=True))
+        for half in (first, second):
+            assert [labels[as_bytes(image)] for image in half.test.images] == half.test.labels.tolist()
+            assert half.train is task.train
+            assert half.validation is task.validation
+            assert half.classes == task.classes
+    for half in (seen, unseen):
+        assert half.model is small.model
+        assert half.heads is small.heads
+        assert half.held_out is small.held_out
+        assert all(half.experts[name] is expert for name, expert in small.experts.items())
+        assert half.recorded == {}, "what was recorded was of all images"
+    whole, parts = small.evaluate(), [half.evaluate() for half in (seen, unseen)]
+    for name in whole:
+        assert (parts[0][name] + parts[1][name]) / 2 == pytest.approx(whole[name])
+    assert dict(seen.evaluate(split="validation")) == dict(small.evaluate(split="validation"))
+
+
+def test_halves_are_those_of_the_seed(small):
+    first, again, other = (small.halves(seed)[0].tasks["three"].test for seed in (4, 4, 5))
+    assert torch.equal(first.images, again.images)
+    assert images_of(first) != images_of(other)
+    state = torch.get_rng_state()
+    small.halves()
+    assert torch.equal(state, torch.get_rng_state())
+    odd = small.cut(5)
+    assert [len(half.tasks["two"].test) for half in odd.halves()] == [3, 2]
+    assert [len(half.tasks["two"].test) for half in small.cut(2).halves()] == [1, 1]
+    with pytest.raises(ValueError, match=r"'three' has 1 test image\(s\), too few for two halves"):
+        small.cut(1).halves()
+
+
+def test_inputs_are_what_the_backbone_takes(small):
+    for split in ("train", "validation", "test"):
+        inputs = small.inputs(split)
+        assert list(inputs) == list(small.tasks)
+        for name, x in inputs.items():
+            assert x.shape == (len(small.tasks[name].split(split)), 3, 12, 12)
+            assert torch.equal(x, small.prepare(small.tasks[name].split(split).images))
+    assert torch.equal(small.inputs()["two"], small.inputs("test")["two"])
+    seen, unseen = small.halves()
+    both = torch.cat([seen.inputs()["two"], unseen.inputs()["two"]]).mean((1, 2, 3)).sort().values
+    torch.testing.assert_close(both, small.inputs()["two"].mean((1, 2, 3)).sort().values)
+    before = small.tasks["two"].test.images.clone()
+    small.inputs()["two"].zero_()
+    assert torch.equal(small.tasks["two"].test.images, before)
+    with pytest.raises(ValueError, match="split"):
+        small.inputs("tests")
+
+
 # ---------------------------------------------------------------- a model for each task
 
 
