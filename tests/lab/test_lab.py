@@ -9,7 +9,7 @@ import torch
 import mergekit_lite as mkl
 from mergekit_lite.geometry import cosines, turned
 from mergekit_lite.lab import best, sweep
-from mergekit_lite.lab.headroom import entropy, fit_scales, scaled
+from mergekit_lite.lab.headroom import fit_scales, scaled
 from mergekit_lite.lab.plots import (
     plot_cosines,
     plot_curves,
@@ -252,7 +252,7 @@ def test_without_labels_the_predictions_become_more_certain(two):
 
     def undecided(state):
         splits = {name: task.validation for name, task in few.tasks.items()}
-        return sum(entropy(few.logits(few.build(state), name, split), None).item() for name, split in splits.items())
+        return sum(mkl.entropy(few.logits(few.build(state), name, split)).item() for name, split in splits.items())
 
     for task in few.tasks.values():
         task.validation.labels.fill_(0)  # of the copy that `cut` made
