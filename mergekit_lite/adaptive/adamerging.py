@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lite.adaptive.adaptation import DivergenceError, Images, LossOfWeights, adapt, draws
+from mergekit_lite.adaptive.adaptation import Images, LossOfWeights, adapt, draws
 from mergekit_lite.adaptive.coefficients import Coefficients, Init, merge_with, starting, weighted_sum
 from mergekit_lite.adaptive.history import History
 from mergekit_lite.adaptive.losses import Head, Loss, entropy_loss
@@ -170,21 +170,18 @@ def learn_coefficients(
         rows = bounded(free, clamp).expand(len(layers), len(tv))
         return Coefficients(dict(zip(layers, rows.clone(), strict=True)), tv.names, history or History())
 
-    try:
-        history = adapt(
-            torch.optim.Adam([free], lr=learning_rate),
-            objective,
-            draws(images, batch, generator),
-            steps=steps,
-            record=lambda: {"coefficient": found().means()},
-            measure=None if measure is None else lambda: measure(merge_with(tv, found())),
-            every=every,
-            patience=patience,
-            progress=progress,
-        )
-    except DivergenceError as problem:
-        problem.reached = found(problem.history)
-        raise
+    history = adapt(
+        torch.optim.Adam([free], lr=learning_rate),
+        objective,
+        draws(images, batch, generator),
+        steps=steps,
+        record=lambda: {"coefficient": found().means()},
+        measure=None if measure is None else lambda: measure(merge_with(tv, found())),
+        every=every,
+        patience=patience,
+        progress=progress,
+        reached=found,
+    )
     return found(history)
 
 

@@ -182,6 +182,7 @@ def adapt(
     every: int = 50,
     patience: int | None = None,
     progress: bool = True,
+    reached: Callable[[History], Any] = lambda _: None,
 ) -> History:
     """Descend on the tasks' losses, step by step, until the steps are done or the loss has settled.
 
@@ -198,6 +199,7 @@ def adapt(
         patience: stop as soon as the mean loss of the last so many steps is not below that of as many steps before.
             By default all steps are done.
         progress: show a progress bar.
+        reached: what the method would return with this history; kept in a `DivergenceError`.
 
     Returns:
         The losses as ``"loss"``, what `record` returned, and the accuracies as ``"accuracy"``.
@@ -225,7 +227,7 @@ def adapt(
             look(measured=history.steps % every == 0)
             optimizer.zero_grad()
             losses = objective(batch)
-            _check_finite(losses, optimizer, history)
+            _check_finite(losses, optimizer, history, reached)
             history.add("loss", history.steps, losses)
             optimizer.step()
             if schedule:
@@ -244,7 +246,12 @@ def _settled(losses: Sequence[float], patience: int) -> bool:
     return len(losses) >= 2 * patience and sum(losses[-patience:]) >= sum(losses[-2 * patience : -patience])
 
 
-def _check_finite(losses: Mapping[str, float], optimizer: torch.optim.Optimizer, history: History) -> None:
+def _check_finite(
+    losses: Mapping[str, float],
+    optimizer: torch.optim.Optimizer,
+    history: History,
+    reached: Callable[[History], Any],
+) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     bad = [f"the loss of '{task}' is {loss}" for task, loss in losses.items() if not math.isfinite(loss)]
     if not bad and not all(torch.isfinite(p.grad).all() for p in parameters):
@@ -254,5 +261,5 @@ def _check_finite(losses: Mapping[str, float], optimizer: torch.optim.Optimizer,
             f"after {history.steps} steps {bad[0]}, so no further step was taken. Are the inputs finite? If so, try a "
             "smaller learning_rate. What was reached so far is kept in this exception: its `reached` and `history`."
         )
-        problem.history = history
+        problem.history, problem.reached = history, reached(history)
         raise problem

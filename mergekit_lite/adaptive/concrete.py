@@ -25,10 +25,11 @@ AdaMerging runs on the masked task vectors.
 
 **What the released code does differently.** Its inner step is one of Adam with a learning rate of 1: some
 coefficients jump across the whole interval, and Adam's averages outlive the coefficients, which go back to their start.
-So does ours (`inner_learning_rate`). Its final mask is one more random draw (``mask="sample"``). The mean of the
-distribution is the default here: the weights depend linearly on the mask, so it is the mean of all the merges that
-could be drawn, up to the division by the mean, and needs no luck. Buffers, such as running statistics, have no gradient
-and no mask.
+So does ours (`inner_learning_rate`). It merges for the inner step before the coefficients go back, so from the second
+step on the inner slope belongs to those of the step before; ours is taken at the start. Its final mask is one more
+random draw (``mask="sample"``). The mean of the distribution is the default here: the weights depend linearly on the
+mask, so it is the mean of all the merges that could be drawn, up to the division by the mean, and needs no luck.
+Buffers, such as running statistics, have no gradient and no mask.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lite.adaptive.adamerging import bounded, learn_coefficients, losses_and_slopes
-from mergekit_lite.adaptive.adaptation import DivergenceError, Images, LossOfWeights, adapt, draws
+from mergekit_lite.adaptive.adaptation import Images, LossOfWeights, adapt, draws
 from mergekit_lite.adaptive.coefficients import Init, merge_with, starting, weighted_sum
 from mergekit_lite.adaptive.history import History
 from mergekit_lite.adaptive.losses import Head, Loss, entropy_loss
@@ -287,21 +288,18 @@ def learn_mask(
         assert measure is not None
         return measure(merge_with(masked(tv, found().mean()), rows))
 
-    try:
-        history = adapt(
-            torch.optim.Adam(list(logits.values()), lr=learning_rate),
-            objective,
-            batches,
-            steps=steps,
-            record=lambda: {"share kept": {"mask": _share_kept(logits)}},
-            measure=None if measure is None else measure_mean,
-            every=every,
-            patience=patience,
-            progress=progress,
-        )
-    except DivergenceError as problem:
-        problem.reached = found(problem.history)
-        raise
+    history = adapt(
+        torch.optim.Adam(list(logits.values()), lr=learning_rate),
+        objective,
+        batches,
+        steps=steps,
+        record=lambda: {"share kept": {"mask": _share_kept(logits)}},
+        measure=None if measure is None else measure_mean,
+        every=every,
+        patience=patience,
+        progress=progress,
+        reached=found,
+    )
     return found(history)
 
 

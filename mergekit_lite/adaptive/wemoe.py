@@ -20,7 +20,9 @@ weight to form them, next to T to use them.
 **Routing by image or by batch.** If w is averaged over a *batch*, as in the released training loop (where every batch
 comes from one task), all its images share one merge, which is cheaper. Used that way on test batches of one task each,
 it would tell the network which task it is looking at, through the other images. ``route="batch"`` is there to see what
-this is worth; predictions for an image alone are those of ``route="image"``, the default.
+this is worth; predictions for an image alone are those of ``route="image"``, the default. (In
+the same authors' fusion-bench 0.2.33 the learning rate is constant, and the mixtures route by batch in the evaluation,
+too.)
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from mergekit_lite.adaptive.adaptation import DivergenceError, Images, adapt, at_base, draws
+from mergekit_lite.adaptive.adaptation import Images, adapt, at_base, draws
 from mergekit_lite.adaptive.history import History
 from mergekit_lite.adaptive.losses import Head, Loss, entropy_loss, logits_of
 from mergekit_lite.checkpoints import PathLike, SafetensorsFile, save
@@ -126,24 +128,23 @@ def wemoe(
         network.route = train_route
         return measured
 
-    try:
-        network.history = adapt(
-            optimizer,
-            objective,
-            batches,
-            steps=steps,
-            schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps)),
-            measure=None if measure is None else measure_by_image,
-            every=every,
-            patience=patience,
-            progress=progress,
-        )
-    except DivergenceError as problem:
-        network.route, network.history = "image", problem.history or History()
-        problem.reached = network
-        raise
-    network.route = "image"
-    return network
+    def trained(history: History) -> WEMoE:
+        network.route, network.history = "image", history
+        return network
+
+    history = adapt(
+        optimizer,
+        objective,
+        batches,
+        steps=steps,
+        schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps)),
+        measure=None if measure is None else measure_by_image,
+        every=every,
+        patience=patience,
+        progress=progress,
+        reached=trained,
+    )
+    return trained(history)
 
 
 class Mixture(nn.Module):
