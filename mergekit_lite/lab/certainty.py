@@ -79,10 +79,9 @@ def slopes_by_task(
     """
     of_weights = LossOfWeights(suite.model, suite.heads, tv, loss)
     layers = {name: taus for name, _, taus in tv.layers()}
-    weights = {name: state[name] for name in layers}
     slopes = {}
     for task, images in inputs.items():
-        _, gradient = of_weights(weights, {task: images})
+        _, gradient = of_weights(state, {task: images})
         slopes[task] = torch.stack([slope(gradient.get(name), taus).double() for name, taus in layers.items()])
     return slopes
 

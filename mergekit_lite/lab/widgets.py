@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mergekit_lite.adaptive import WEMoE
 from mergekit_lite.calibrated import input_grams
 from mergekit_lite.calibrated.regmean import least_squares
 from mergekit_lite.data_free import disentangle, task_arithmetic, ties, trim
@@ -22,6 +23,8 @@ from mergekit_lite.data_free.tsv import singular_triples
 from mergekit_lite.geometry import cosines as angles
 from mergekit_lite.geometry import rows_of, slopes, turned
 from mergekit_lite.lab.landscape import ellipse, heights_at, merged_points
+from mergekit_lite.lab.masks import moments
+from mergekit_lite.lab.mixtures import look
 from mergekit_lite.lab.plots import (
     plot_curves,
     plot_descents,
@@ -32,6 +35,7 @@ from mergekit_lite.lab.plots import (
     plot_regression,
     plot_spectra,
 )
+from mergekit_lite.lab.plots_adaptation import plot_certainty, plot_concrete, plot_routes
 from mergekit_lite.lab.regression import common_directions, errors_along
 from mergekit_lite.lab.spectra import flattened, matrices, reshaped
 from mergekit_lite.lab.subspaces import bowl, direction, ways_down
@@ -39,6 +43,7 @@ from mergekit_lite.suites.suite import Evaluation, Suite
 from mergekit_lite.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 
@@ -634,6 +639,118 @@ def explore_descents() -> Any:
         degrees=slider("angle", 30, 0, 90),
         start=slider("start", 6, 0, 90),
         way=widgets.Dropdown(options=["none", "jacobi"], description="precond."),
+    )
+
+
+def certainty_at(table: pd.DataFrame, scale: float) -> Figure:
+    """Entropy, which needs no labels, beside the loss, which does: for every task at one scale, and over all scales.
+
+    Args:
+        table: what `mergekit_lite.lab.certainty.certainties` returned.
+        scale: one of the table's.
+    """
+    figure = plot_certainty(table, scale)
+    here = table.loc[scale].mean()
+    figure.set_label(
+        f"λ = {scale:g}: entropy {here['entropy']:.2f}, loss {here['loss']:.2f}, accuracy {here['right']:.2f}"
+    )
+    return figure
+
+
+def explore_certainty(table: pd.DataFrame) -> Any:
+    """A slider for the common scale of a merge: watch how certain it is on every task, and how right.
+
+    Args:
+        table: what `mergekit_lite.lab.certainty.certainties` returned; the slider stops at its scales.
+
+    Returns:
+        An ipywidgets container: a slider and the figure drawn by `certainty_at`.
+    """
+    import ipywidgets as widgets
+
+    scales = list(dict.fromkeys(table.index.get_level_values("scale")))
+    return _explorer(
+        lambda scale: certainty_at(table, scale),
+        scale=widgets.SelectionSlider(
+            options=scales, value=scales[len(scales) // 2], description="scale λ", continuous_update=False
+        ),
+    )
+
+
+def concrete_at(settings: Iterable[tuple[float, float]]) -> Figure:
+    r"""One entry of a Concrete mask: draws, density and slopes.
+
+    Args:
+        settings: a logit x and a temperature T for each curve.
+    """
+    settings = list(settings)
+    figure = plot_concrete(settings)
+    words = []
+    for x, temperature in settings:
+        found = moments(x, temperature)
+        noise = found["square"] / found["slope"] ** 2
+        words.append(
+            f"x = {x:g}, T = {temperature:g}: above 1/2 with probability {found['kept']:.2f}, on average "
+            f"{found['mean']:.2f}; slope on average {found['slope']:.2f}, its mean square {noise:.1f} times the square "
+            "of that"
+        )
+    figure.set_label("\n".join(words))
+    return figure
+
+
+def explore_concrete() -> Any:
+    """Sliders for logit and temperature: from a yes or no without a slope to a number without a choice.
+
+    Returns:
+        An ipywidgets container: two sliders and the figure drawn by `concrete_at`.
+    """
+    return _explorer(
+        lambda x, temperature: concrete_at([(x, temperature)]),
+        x=_slider("logit x", 1.0, (-4.0, 4.0)),
+        temperature=_slider("temp. T", 0.5, (0.05, 3.0)),
+    )
+
+
+def routing_at(suite: Suite, network: WEMoE, chosen: Iterable[tuple[str, int]]) -> Figure:
+    """Test images, each beside its routing weights in all blocks and the class that the mixture predicts.
+
+    Args:
+        suite: whose images and heads they are.
+        network: a mixture.
+        chosen: an image each, by its task and its position among the task's test images.
+    """
+    rows, words = {}, []
+    for task, index in chosen:
+        split = suite.task(task).test[index : index + 1]
+        features, answers = look(network, suite.prepare(split.images))
+        probabilities = suite.heads[task](features).softmax(1)[0]
+        classes, true, found = suite.task(task).classes, int(split.labels[0]), int(probabilities.argmax())
+        title = f"{task} {index}: {classes[true]}\npredicted: {classes[found]} ({float(probabilities[found]):.2f})"
+        rows[title] = split.images[0], torch.cat(list(answers.values()))
+        words.append(f"{task} {index}: {classes[found]}, {'right' if found == true else f'but it is {classes[true]}'}")
+    figure = plot_routes(rows, list(network.mixtures), network.tasks)
+    figure.set_label("\n".join(words))
+    return figure
+
+
+def explore_routing(suite: Suite, network: WEMoE) -> Any:
+    """A menu of tasks, those that are never merged too, and a slider over their test images: watch the routers.
+
+    Args:
+        suite: whose images and heads they are.
+        network: a mixture.
+
+    Returns:
+        An ipywidgets container: the controls and the figure drawn by `routing_at`.
+    """
+    import ipywidgets as widgets
+
+    tasks = {**suite.tasks, **suite.held_out}
+    last = min(len(task.test) for task in tasks.values()) - 1
+    return _explorer(
+        lambda task, image: routing_at(suite, network, [(task, image)]),
+        task=widgets.Dropdown(options=list(tasks), description="task"),
+        image=widgets.IntSlider(value=0, min=0, max=last, description="image", continuous_update=False),
     )
 
 

@@ -3,6 +3,8 @@
 That the chapters' own solutions pass is tested with the chapters, in tests/test_chapters.py.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -238,6 +240,61 @@ def for_two_tasks(a, b, w):
     first, second = torch.outer(p, s), torch.outer(1 - p, 1 - s)
     z = (first * (t.T @ w[0] @ u) + second * (t.T @ w[1] @ u)) / (first + second)
     return torch.linalg.inv(t.T) @ z @ torch.linalg.inv(u)
+
+
+def logistic(value):
+    return 1 / (1 + math.exp(-value))
+
+
+def along(mask, other):
+    return (mask * other).sum() / mask.square().sum()
+
+
+def entropies(p, dim=1):
+    return torch.special.entr(p).sum(dim)
+
+
+def push_by_entropy(inside=lambda log_p, h: log_p + h, sign=1.0, weight=lambda p: p):
+    """What descent on the entropy does to logits, and ways to get it wrong."""
+
+    def push(logits):
+        p = logits.softmax(0)
+        return sign * weight(p) * inside(p.log(), entropies(p, 0))
+
+    return push
+
+
+def task_slopes(combine=sum, sign=1.0):
+    """Inner products with task vectors, tensor by tensor, then combined."""
+    return lambda gradient, taus: sign * combine([taus[n].flatten(1) @ g.flatten() for n, g in gradient.items()])
+
+
+def information(first=1.0, second=-1.0, mean=lambda logits: logits.softmax(1).mean(0)):
+    return lambda logits: float(first * entropies(logits.softmax(1)).mean() + second * entropies(mean(logits), 0))
+
+
+def routed_layer(change=lambda w: w):
+    """One linear layer with merged weights for every input, of changed routing weights."""
+    return lambda base, taus, w, h: h @ base.T + torch.einsum("nk,kij,nj->ni", change(w), taus, h)
+
+
+def by_task(w, tasks):
+    """The mean row of its task, for every row."""
+    return torch.stack([w[tasks == k].mean(0) for k in tasks.unique()])[tasks]
+
+
+def scatter(w):
+    return w.square().sum()
+
+
+def share_by_column(w, tasks):
+    left = (w - by_task(w, tasks)).square().sum(0) / (w - w.mean(0)).square().sum(0)
+    return 1 - float(left.mean())
+
+
+def share_of_centres(w, tasks):
+    centres = torch.stack([w[tasks == k].mean(0) for k in tasks.unique()])
+    return float(scatter(centres - centres.mean(0)) / scatter(w - w.mean(0)))
 
 
 ANSWERS = [
@@ -520,6 +577,102 @@ ANSWERS = [
     ("3.3.4", lambda tv: lambda a, b, w: w.mean(0), "this is the average"),
     ("3.3.4", lambda tv: lambda a, b, w: w.sum(0), "put it into the system"),
     ("3.3.4", lambda tv: lambda a, b, w: a[0], "expected a weight"),
+    ("4.1.1", lambda tv: lambda z: float(entropies(z.softmax(1)).mean()), None),
+    ("4.1.1", lambda tv: lambda z: float(entropies(z.softmax(1)).mean()) / np.log(2), "these are bits"),
+    ("4.1.1", lambda tv: lambda z: float(entropies(z.softmax(1)).sum()), "the mean over the images"),
+    ("4.1.1", lambda tv: lambda z: float(torch.special.entr(z.softmax(1)).mean()), "a sum over the classes"),
+    ("4.1.1", lambda tv: lambda z: -float(entropies(z.softmax(1)).mean()), "never negative"),
+    ("4.1.1", lambda tv: lambda z: float(entropies(z.softmax(1).mean(0), 0)), "of the mean prediction"),
+    ("4.1.1", lambda tv: lambda z: float(torch.special.entr(z.softmax(1).amax(1)).mean()), "all classes count"),
+    ("4.1.1", lambda tv: lambda z: 0.0, "for a batch of 6 images"),
+    ("4.1.1", lambda tv: lambda z: -float((z.softmax(1) * z.softmax(1).log()).sum(1).mean()), "Take log_softmax"),
+    ("4.1.2", lambda tv: push_by_entropy(), None),
+    ("4.1.2", lambda tv: push_by_entropy(sign=-1.0), "descent goes against it"),
+    ("4.1.2", lambda tv: push_by_entropy(inside=lambda log_p, h: log_p), "add up to 0"),
+    ("4.1.2", lambda tv: push_by_entropy(weight=lambda p: 1.0), "weighted by its p_c"),
+    ("4.1.2", lambda tv: lambda z: (z == z.max()).float() - z.softmax(0), "entropy is softer"),
+    ("4.1.2", lambda tv: lambda z: z, "use the chain rule"),
+    ("4.1.2", lambda tv: lambda z: z.sum(), "a number per class"),
+    ("4.1.3", lambda tv: task_slopes(), None),
+    ("4.1.3", lambda tv: task_slopes(lambda parts: torch.stack(parts).mean(0)), "their effects add up"),
+    ("4.1.3", lambda tv: task_slopes(lambda parts: parts[0]), "the first tensor alone"),
+    ("4.1.3", lambda tv: task_slopes(sign=-1.0), "has the other"),
+    ("4.1.3", lambda tv: task_slopes(torch.stack), "layer-wise slopes"),
+    ("4.1.3", lambda tv: lambda g, taus: torch.zeros(3), "then the sum over tensors"),
+    ("4.1.3", lambda tv: lambda g, taus: g["a"], "expected K = 3"),
+    ("4.1.3", lambda tv: lambda g, taus: sum((taus[n] * g[n]).flatten(1).sum(1) for n in taus), "KeyError"),
+    ("4.1.4", lambda tv: information(), None),
+    ("4.1.4", lambda tv: information(second=0.0), "rewarded"),
+    ("4.1.4", lambda tv: information(-1.0, 1.0), "certain and different"),
+    ("4.1.4", lambda tv: information(1.0, 1.0), "is subtracted"),
+    ("4.1.4", lambda tv: information(mean=lambda z: z.mean(0).softmax(0)), "average the predictions"),
+    ("4.1.4", lambda tv: information(first=0.0), "for a batch of 7 images"),
+    ("4.2.1", lambda tv: [-0.8, 3.2], None),
+    ("4.2.1", lambda tv: [2.0, 6.0], "also raises the mean"),
+    ("4.2.1", lambda tv: [1.0, 3.0], "slopes by m̂"),
+    ("4.2.1", lambda tv: [-0.4, 1.6], "divide by the mean of the mask"),
+    ("4.2.1", lambda tv: [-2.0, 2.0], "the mean of g ⊙ m̂, with"),
+    ("4.2.1", lambda tv: [0.0, 1.0], "m̂ is (1.6, 0.4)"),
+    ("4.2.2", lambda tv: lambda x, t: logistic(t * math.log(9) - x) - logistic(-t * math.log(9) - x), None),
+    ("4.2.2", lambda tv: lambda x, t: logistic(math.log(9) - x) - logistic(-math.log(9) - x), "at temperature 1"),
+    ("4.2.2", lambda tv: lambda x, t: logistic(math.log(9) / t - x) - logistic(-math.log(9) / t - x), "z = T log 9"),
+    ("4.2.2", lambda tv: lambda x, t: logistic(t * math.log(9) - x), "some are below 0.1"),
+    ("4.2.2", lambda tv: lambda x, t: 1 - logistic(t * math.log(9) - x) + logistic(-t * math.log(9) - x), "decided"),
+    ("4.2.2", lambda tv: lambda x, t: 0.4, "not at x = 0"),
+    ("4.2.2", lambda tv: lambda x, t: logistic(t * math.log(9)) - logistic(-t * math.log(9)), "not at x = 1.3"),
+    ("4.2.3", lambda tv: lambda m, other: along(m / m.mean() - 1, other / other.mean() - 1), None),
+    ("4.2.3", lambda tv: along, "and subtract 1"),
+    ("4.2.3", lambda tv: lambda m, other: along(m - 1, other - 1), "by their means first"),
+    ("4.2.3", lambda tv: lambda m, other: along(other / other.mean() - 1, m / m.mean() - 1), "the mask on the other"),
+    (
+        "4.2.3",
+        lambda tv: lambda m, other: np.corrcoef(m.flatten(), other.flatten())[0, 1],
+        "that is the cosine",
+    ),
+    ("4.2.3", lambda tv: lambda m, other: (other / other.mean()).std() / (m / m.mean()).std(), "the lengths, whatever"),
+    (
+        "4.2.3",
+        lambda tv: lambda m, other: along(m / m.mean() - 1, other / other.mean() - 1) * (m / m.mean() - 1).norm(),
+        "divide once more",
+    ),
+    ("4.2.3", lambda tv: lambda m, other: 0.0, "minimise"),
+    ("4.2.4", lambda tv: lambda g, m: (g - m * (g * m).mean() / m.square().mean()) / m.square().mean().sqrt(), None),
+    ("4.2.4", lambda tv: lambda g, m: (g - (g * m).mean() / m.mean()) / m.mean(), "division by the mean"),
+    (
+        "4.2.4",
+        lambda tv: lambda g, m: g / m.square().mean().sqrt() - (g * m).mean() / m.square().mean(),
+        "a factor m̂ is missing",
+    ),
+    ("4.2.4", lambda tv: lambda g, m: g / m.square().mean().sqrt(), "that term is missing"),
+    ("4.2.4", lambda tv: lambda g, m: g - m * (g * m).mean() / m.square().mean(), "divide by the root"),
+    ("4.2.4", lambda tv: lambda g, m: g[0], "a slope per entry"),
+    ("4.2.4", lambda tv: lambda g, m: m, "m_i / (n root)"),
+    ("4.3.1", lambda tv: routed_layer(), None),
+    ("4.3.1", lambda tv: routed_layer(lambda w: w.mean(0).expand_as(w)), "one merge for all inputs"),
+    ("4.3.1", lambda tv: routed_layer(lambda w: w.softmax(1)), "no softmax"),
+    ("4.3.1", lambda tv: lambda base, taus, w, h: torch.einsum("nk,kij,nj->ni", w, taus, h), "own answer is missing"),
+    ("4.3.1", lambda tv: lambda b, taus, w, h: torch.einsum("nk,kij,nj->ni", w, taus + b, h), "comes once"),
+    ("4.3.1", lambda tv: lambda base, taus, w, h: h @ base.T, "for input i"),
+    ("4.3.1", lambda tv: lambda base, taus, w, h: h, "expected the outputs"),
+    ("4.3.2", lambda tv: 11, None),
+    ("4.3.2", lambda tv: 10, "a fifth exactly"),
+    ("4.3.2", lambda tv: 5, "more than five times"),
+    ("4.3.2", lambda tv: 40, "fewer tokens"),
+    ("4.3.3", lambda tv: lambda w, n: torch.cat([p.mean(0).expand_as(p) for p in w.split(n)]), None),
+    ("4.3.3", lambda tv: lambda w, n: torch.stack([p.mean(0) for p in w.split(n)]), "one row per batch"),
+    ("4.3.3", lambda tv: lambda w, n: w[:6], "was lost"),
+    ("4.3.3", lambda tv: lambda w, n: w.mean(0).expand_as(w), "one mean over all"),
+    ("4.3.3", lambda tv: lambda w, n: torch.cat([p.mean(0).expand_as(p) for p in w.tensor_split(n)]), "three batches"),
+    ("4.3.3", lambda tv: lambda w, n: torch.cat([(p.sum(0) / n).expand_as(p) for p in w.split(n)]), "divide by 1"),
+    ("4.3.3", lambda tv: lambda w, n: w, "own weights"),
+    ("4.3.3", lambda tv: lambda w, n: 0 * w, "rows 0 to 2"),
+    ("4.3.3", lambda tv: lambda w, n: w.T, "a row per image"),
+    ("4.3.4", lambda tv: lambda w, tasks: 1 - float(scatter(w - by_task(w, tasks)) / scatter(w - w.mean(0))), None),
+    ("4.3.4", lambda tv: lambda w, tasks: float(scatter(w - by_task(w, tasks)) / scatter(w - w.mean(0))), "within"),
+    ("4.3.4", lambda tv: lambda w, tasks: float(scatter(by_task(w, tasks)) / scatter(w)), "not around zero"),
+    ("4.3.4", lambda tv: share_by_column, "not a mean of their shares"),
+    ("4.3.4", lambda tv: share_of_centres, "the number of its images"),
+    ("4.3.4", lambda tv: lambda w, tasks: 0.0, "replace every row"),
 ]
 
 
