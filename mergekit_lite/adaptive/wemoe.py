@@ -169,12 +169,19 @@ class Mixture(nn.Module):
         """The module's outputs for inputs (N, T, d), (N, d) or, as feature maps, (N, d, height, width)."""
         w = self.coefficients(h)
         if self.route == "batch":
-            shared = {name: tau[0] for name, tau in self.merged(w.mean(0, keepdim=True)).items()}
-            return torch.as_tensor(functional_call(self.module, shared, (h,)))
+            return self.with_weights(self.merged(w.mean(0, keepdim=True)), h)
+        if torch.is_grad_enabled():
+            # One image after another. In torch 2.13 vmap has wrong gradients where normalisation follows a convolution
+            # whose weights differ by image; its values are right.
+            return torch.cat([self.with_weights(self.merged(w[n : n + 1]), h[n : n + 1]) for n in range(len(h))])
         size = sum(getattr(self, buffer)[0].numel() for buffer in self._names.values())
         chunk = max(1, PER_CHUNK // max(1, size))
         each = vmap(lambda weights, x: functional_call(self.module, weights, (x[None],))[0])
         return torch.cat([each(self.merged(wi), hi) for wi, hi in zip(w.split(chunk), h.split(chunk), strict=True)])
+
+    def with_weights(self, merged: Mapping[str, Tensor], h: Tensor) -> Tensor:
+        """The module's outputs with one set of weights for all inputs, (1, *shape) each."""
+        return torch.as_tensor(functional_call(self.module, {name: tensor[0] for name, tensor in merged.items()}, (h,)))
 
     def coefficients(self, h: Tensor) -> Tensor:
         """w: (N, K), the mean over tokens of what the router answers to each."""

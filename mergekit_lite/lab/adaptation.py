@@ -28,6 +28,7 @@ from mergekit_lite.adaptive import (
 from mergekit_lite.adaptive.losses import Loss
 from mergekit_lite.checkpoints import StateDict
 from mergekit_lite.data_free import average, disentangle, emr, iso_c, task_arithmetic, ties, tsv
+from mergekit_lite.lab.masks import on_shuffled
 from mergekit_lite.lab.ranking import LENGTHS, SCALES
 from mergekit_lite.suites.suite import Suite
 from mergekit_lite.task_vectors import TaskVectors
@@ -90,7 +91,7 @@ def ways(suite: Suite, seen: Suite, most: int = 500) -> dict[str, Callable[[Watc
 
         return run
 
-    def mask(loss: Loss, learning_rate: float, count: int) -> Any:
+    def mask(loss: Loss, learning_rate: float, count: int, tv: TaskVectors = tv) -> Any:
         options = {"scale": START, "loss": loss, "learning_rate": learning_rate, **common, **steps(count)}
         return lambda watch: learn_mask(tv, measure=watch, **options).history
 
@@ -114,6 +115,7 @@ def ways(suite: Suite, seen: Suite, most: int = 500) -> dict[str, Callable[[Watc
     return {
         "AdaMerging, task": coefficients(tv, "task"),
         "AdaMerging, layer": coefficients(tv, "layer"),
+        "AdaMerging, layer, faster": coefficients(tv, "layer", **faster),
         "AdaMerging, layer, as published": coefficients(tv, "layer", init=0.3, **steps(500, every=500)),
         "AdaMerging++, task": coefficients(elected, "task", init=0.3),
         "AdaMerging++, layer": coefficients(elected, "layer", init=0.3),
@@ -125,6 +127,7 @@ def ways(suite: Suite, seen: Suite, most: int = 500) -> dict[str, Callable[[Watc
         "imitation, AWD, layer": coefficients(awd, "layer", imitation, **faster),
         "Concrete, entropy": mask(entropy_loss, 1e-3, 100),
         "Concrete, imitation": mask(imitation, 3e-2, 160),
+        "Concrete, imitation, shuffled": mask(imitation, 3e-2, 160, on_shuffled(tv, START)),
         "Concrete AdaMerging, entropy": mask_and_coefficients(entropy_loss, 1e-3),
         "Concrete AdaMerging, imitation": mask_and_coefficients(imitation, 3e-2, **faster),
         "WEMoE, entropy": mixture(entropy_loss, 1e-4),

@@ -717,3 +717,26 @@ def test_inputs_need_not_be_of_the_weights_kind():
     mixture = wemoe(tv, Words(0), dict.fromkeys("ab", nn.Identity()), words, **QUICK)
     assert mixture(words["a"]).dtype == torch.float32
     assert mixture.history.steps == 6
+
+
+def test_gradients_are_right_in_a_real_block():
+    """With vmap they were not (torch 2.13), though values and the gradients of small networks were."""
+    suite, name = mkl.load_suite("pocket8", device="cpu"), "blocks.4.2"
+    net = nn.Sequential(suite.build().get_submodule(name))
+
+    def part(state):
+        return {f"0{n.removeprefix(name)}": tensor for n, tensor in state.items() if n.startswith(f"{name}.")}
+
+    tv = mkl.TaskVectors(part(suite.base), [part(suite.experts[task]) for task in ("mnist", "letters")])
+    x, direction = torch.randn(2, 2, 112, 4, 4, generator=seeded())
+    network = mkl.WEMoE.start(tv, net, x, ["0"])
+
+    def slopes(route, *which):
+        network.route = route
+        network.zero_grad()
+        for images in which:
+            (network(x[images]) * direction[images]).sum().backward()
+        return network.routers["0"][2].bias.grad.clone()
+
+    alone = slopes("batch", [0], [1])  # a batch of one image is routed by that image
+    assert torch.allclose(slopes("image", [0, 1]), alone, rtol=1e-3)
