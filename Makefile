@@ -25,7 +25,7 @@ book: $(VENV)/.ready
 	@$(BIN)/python tools/show_book.py
 
 test: $(VENV)/.ready lint
-	$(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests mergekit_lite
+	$(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests mergekit_lite
 	$(MAKE) nbval
 
 # Run the chapters and compare every output with the committed one.
