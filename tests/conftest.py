@@ -8,7 +8,7 @@ import mergekit_lite as mkl
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of one file share fixtures, so one process runs them all; but each chapter takes a minute and goes alone."""
+    """Tests of one file share fixtures, so one process runs them all; but a chapter takes a minute and goes alone."""
     for item in items:
         alone = "instructors_version_solves" in item.name
         item.add_marker(pytest.mark.xdist_group(item.name if alone else str(item.path)))
