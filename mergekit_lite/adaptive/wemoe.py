@@ -290,21 +290,8 @@ class WEMoE(nn.Module):
     @torch.no_grad()
     def routing(self, inputs: Tensor) -> dict[str, Tensor]:
         """What the routers answer: by module, (N, K)."""
-        seen: dict[str, Tensor] = {}
-
-        def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                seen[name] = self.mixtures[name].coefficients(arguments[0])
-
-            return hook
-
-        handles = [mixture.register_forward_pre_hook(look(name)) for name, mixture in self.mixtures.items()]
-        try:
-            self(inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
+        entered = entering(self.network, list(self.mixtures), inputs)
+        return {name: mixture.coefficients(entered[name]) for name, mixture in self.mixtures.items()}
 
     def save(self, path: PathLike) -> None:
         """Write weights, task vectors and routers as safetensors."""
@@ -370,23 +357,27 @@ def _check_modules(names: Sequence[str], known: Mapping[str, nn.Module]) -> None
             raise ValueError(f"'{name}' is a part of '{outer}', which is to be merged for every input as a whole.")
 
 
-@torch.no_grad()
 def _widths(network: nn.Module, names: Sequence[str], inputs: Tensor) -> dict[str, int]:
     """How many numbers each token has that enters a module: d, by module."""
-    widths: dict[str, int] = {}
-    handles = []
-    for name in names:
+    entered = entering(network, names, inputs[:1])
+    unused = [name for name in names if name not in entered]
+    if unused:
+        raise ValueError(f"the network does not use its module '{unused[0]}'.")
+    return {name: h.shape[features_axis(network.get_submodule(name), h)] for name, h in entered.items()}
 
-        def look(module: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
-            widths[name] = arguments[0].shape[features_axis(module, arguments[0])]
 
-        handles.append(network.get_submodule(name).register_forward_pre_hook(look))
+@torch.no_grad()
+def entering(network: nn.Module, names: Sequence[str], inputs: Tensor) -> dict[str, Tensor]:
+    """What enters the modules of these names on the way of some inputs; a module that is not used is left out."""
+    entered: dict[str, Tensor] = {}
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, arguments: entered.__setitem__(name, arguments[0])
+
+    handles = [network.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
     try:
-        network(inputs[:1])
+        network(inputs)
     finally:
         for handle in handles:
             handle.remove()
-    unused = [name for name in names if name not in widths]
-    if unused:
-        raise ValueError(f"the network does not use its module '{unused[0]}'.")
-    return widths
+    return entered

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from mergekit_lite.adaptive.wemoe import Mixture, WEMoE
+from mergekit_lite.adaptive.wemoe import Mixture, WEMoE, entering
 from mergekit_lite.suites.speed import keep_freed_memory
 from mergekit_lite.suites.suite import EVALUATION_BATCH, Evaluation, Suite
 
@@ -66,7 +66,7 @@ def score(suite: Suite, features: Tensor, heads: Tensor | None = None) -> Evalua
 def look(network: WEMoE, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Features (N, c) of images, and by module what its router answered on the way, (N, K)."""
     features: list[Tensor] = []
-    handle = network.register_forward_hook(lambda module, arguments, output: features.append(output))
+    handle = network.network.register_forward_hook(lambda module, arguments, output: features.append(output))
     try:
         answers = [network.routing(part) for part in images.split(EVALUATION_BATCH)]
     finally:
@@ -101,16 +101,7 @@ def recovered(seen: Tensor, seen_tasks: Tensor, points: Tensor) -> Tensor:
 
 def inputs_at(network: WEMoE, images: Tensor) -> dict[str, Tensor]:
     """What enters each mixture, by the module's name."""
-    seen: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, arguments: seen.__setitem__(name, arguments[0])
-
-    handles = [mixture.register_forward_pre_hook(hook(name)) for name, mixture in network.mixtures.items()]
-    features_of(network, images[:EVALUATION_BATCH])
-    for handle in handles:
-        handle.remove()
-    return seen
+    return entering(network.network, list(network.mixtures), images[:EVALUATION_BATCH])
 
 
 @torch.no_grad()
