@@ -156,6 +156,24 @@ def expect_pair(answer: Any, right: tuple[float, float], hints: Mapping[tuple[fl
         raise Wrong(rest)
 
 
+def expect_close(value: float, right: float, hints: Mapping[float, str], rest: str, atol: float = 1e-6) -> None:
+    """Raises `Wrong` unless this is the right number: with the hint for a known wrong answer, or the `rest`."""
+    for wrong, hint in hints.items():
+        if abs(value - wrong) < atol:
+            raise Wrong(hint)
+    if not abs(value - right) < atol:
+        raise Wrong(rest)
+
+
+def expect_tensor(given: Tensor, right: Tensor, hints: Mapping[str, Tensor], rest: str, atol: float = 1e-8) -> None:
+    """Raises `Wrong` unless this is the right tensor: with the hint for a known wrong answer, or the `rest`."""
+    for hint, wrong in hints.items():
+        if torch.allclose(given, wrong, atol=atol):
+            raise Wrong(hint)
+    if not torch.allclose(given, right, atol=atol):
+        raise Wrong(rest)
+
+
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """The relative distance between two state dicts, seen from `b`'s length: 0 is equal."""
     pairs = [(a[name].double(), b[name].double()) for name in b if b[name].is_floating_point()]

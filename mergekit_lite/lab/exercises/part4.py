@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_lite.lab.exercises.checking import Wrong, exercise, expect_function, expect_number, expect_pair
+from mergekit_lite.lab.exercises.checking import (
+    Wrong,
+    exercise,
+    expect_close,
+    expect_function,
+    expect_number,
+    expect_pair,
+    expect_tensor,
+)
 
 # ---------------------------------------------------------------- 4.1 Entropy as a teacher
 
@@ -30,11 +38,9 @@ def entropy_of_logits(function: Callable[[Tensor], float]) -> str:
         float(torch.special.entr(p.mean(0)).sum()): "that is the entropy of the mean prediction.",
         float(torch.special.entr(p.amax(1)).mean()): "all classes count, not only the likeliest.",
     }
-    for wrong, hint in hints.items():
-        if abs(value - wrong) < 1e-4:
-            raise Wrong(hint)
-    if not abs(value - expected) < 1e-4:
-        raise Wrong(f"expected {expected:.3f} for a batch of 6 images, got {value:.3f}.")
+    expect_close(
+        value, expected, hints, f"expected {expected:.3f} for a batch of 6 images, got {value:.3f}.", atol=1e-4
+    )
     sure = float(function(torch.tensor([[1000.0, 0.0], [0.0, 0.0]])))
     if not abs(sure - math.log(2) / 2) < 1e-4:
         raise Wrong(f"logits (1000, 0) have entropy 0; yours makes the mean {sure:.3f}. Take log_softmax.")
@@ -59,11 +65,13 @@ def push_of_entropy(function: Callable[[Tensor], Tensor]) -> str:
             torch.nn.functional.one_hot(p.argmax(), 4) - p
         ),
     }
-    for hint, wrong in hints.items():
-        if torch.allclose(given.to(p), wrong, atol=1e-5):
-            raise Wrong(hint)
-    if not torch.allclose(given.to(p), p * (log_p + h), atol=1e-5):
-        raise Wrong("write H as a function of the p_j and use the chain rule; compare with torch.autograd.grad.")
+    expect_tensor(
+        given.to(p),
+        p * (log_p + h),
+        hints,
+        "write H as a function of the p_j and use the chain rule; compare with torch.autograd.grad.",
+        atol=1e-5,
+    )
     return "winners are raised, whether they are right or not."
 
 
@@ -86,11 +94,13 @@ def slopes_of_tasks(function: Callable[[dict[str, Tensor], dict[str, Tensor]], T
         raise Wrong("these are layer-wise slopes; a task-wise coefficient acts on all tensors at once: add them up.")
     if given.shape != (3,):
         raise Wrong(f"expected K = 3 numbers, shape (3,); got {tuple(given.shape)}.")
-    for hint, wrong in hints.items():
-        if torch.allclose(given, wrong, atol=1e-5):
-            raise Wrong(hint)
-    if not torch.allclose(given, parts.sum(0), atol=1e-5):
-        raise Wrong("per tensor and task the inner product of gradient and task vector, then the sum over tensors.")
+    expect_tensor(
+        given,
+        parts.sum(0),
+        hints,
+        "per tensor and task the inner product of gradient and task vector, then the sum over tensors.",
+        atol=1e-5,
+    )
     return "all that labels, entropy or experts can say about K task vectors, in K numbers."
 
 
@@ -109,11 +119,13 @@ def information_of_logits(function: Callable[[Tensor], float]) -> str:
         float(each + together): "that rewards one answer twice; the second term is subtracted.",
         float(each - mean_logits): "you averaged the logits; average the predictions.",
     }
-    for wrong, hint in hints.items():
-        if abs(value - wrong) < 1e-5:
-            raise Wrong(hint)
-    if not abs(value - float(each - together)) < 1e-5:
-        raise Wrong(f"expected {float(each - together):.3f} for a batch of 7 images, got {value:.3f}.")
+    expect_close(
+        value,
+        float(each - together),
+        hints,
+        f"expected {float(each - together):.3f} for a batch of 7 images, got {value:.3f}.",
+        atol=1e-5,
+    )
     return "0 for one answer to everything, however certain; lowest, -log C, for C classes alike, each image certain."
 
 
@@ -153,11 +165,12 @@ def share_of_undecided(function: Callable[[float, float], float]) -> str:
             sigmoid(temperature * edge - x): "that is the probability of less than 0.9; some are below 0.1.",
             1 - between(temperature * edge, x): "that is the share of the decided.",
         }
-        for number, hint in wrong.items():
-            if abs(value - number) < 1e-6:
-                raise Wrong(hint)
-        if abs(value - between(temperature * edge, x)) > 1e-6:
-            raise Wrong(f"not at x = {x:g} and T = {temperature:g}. The noise is logistic: P(noise < z) = σ(z).")
+        expect_close(
+            value,
+            between(temperature * edge, x),
+            wrong,
+            f"not at x = {x:g} and T = {temperature:g}. The noise is logistic: P(noise < z) = σ(z).",
+        )
     return "at x = 0: 50 % at T = 0.5, one in nine at T = 0.1."
 
 
@@ -178,11 +191,9 @@ def how_far_along(function: Callable[[Tensor, Tensor], float]) -> str:
         float(second.norm() / first.norm()): "that is the ratio of the lengths, whatever their directions.",
         float((first * second).sum() / first.norm()): "count in steps of the mask's own change: divide once more.",
     }
-    for number, hint in wrong.items():
-        if abs(value - number) < 1e-6:
-            raise Wrong(hint)
-    if abs(value - expected) > 1e-6:
-        raise Wrong("minimise ‖(ĥ - 1) - t (m̂ - 1)‖² over t, where ĥ is the other mask divided by its mean.")
+    expect_close(
+        value, expected, wrong, "minimise ‖(ĥ - 1) - t (m̂ - 1)‖² over t, where ĥ is the other mask divided by its mean."
+    )
     return "a rounded mask and a stretched one can be the same walk."
 
 
@@ -207,11 +218,7 @@ def slopes_at_constant_length(function: Callable[[Tensor, Tensor], Tensor]) -> s
         "the root changes with every entry; that term is missing.": by_hat / root,
         "divide by the root of the mean square.": by_hat - hat * (by_hat * hat).mean(),
     }
-    for hint, wrong in plausible.items():
-        if torch.allclose(given, wrong, atol=1e-8):
-            raise Wrong(hint)
-    if not torch.allclose(given, right, atol=1e-8):
-        raise Wrong("the derivative of the root by m_i is m_i / (n root).")
+    expect_tensor(given, right, plausible, "the derivative of the root by m_i is m_i / (n root).")
     return "now a mask of ones and zeros may keep few entries without enlarging them as much."
 
 
@@ -239,11 +246,12 @@ def one_linear_layer(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor
         "no softmax: the weights are used as they are.": outputs(w.softmax(1), base),
         "the base comes once, not once per expert.": outputs(w, base) + (w.sum(1) - 1)[:, None] * (h @ base.T),
     }
-    for hint, wrong in plausible.items():
-        if torch.allclose(given, wrong, atol=1e-8):
-            raise Wrong(hint)
-    if not torch.allclose(given, outputs(w, base), atol=1e-8):
-        raise Wrong("for input i: the base times h_i, plus the sum over k of w_ik times task vector k times h_i.")
+    expect_tensor(
+        given,
+        outputs(w, base),
+        plausible,
+        "for input i: the base times h_i, plus the sum over k of w_ik times task vector k times h_i.",
+    )
     return "no merged weight was formed; through a non-linearity that is another function."
 
 
@@ -284,11 +292,8 @@ def shared_in_batches(function: Callable[[Tensor, int], Tensor]) -> str:
         "the last batch has one image: divide by 1.": padded,
         "these are the images' own weights.": w,
     }
-    for hint, wrong in plausible.items():
-        if torch.allclose(given, wrong, atol=1e-8) and not torch.allclose(wrong, right):
-            raise Wrong(hint)
-    if not torch.allclose(given, right, atol=1e-8):
-        raise Wrong("rows 0 to 2 get the mean of rows 0 to 2, and so on.")
+    plausible = {hint: wrong for hint, wrong in plausible.items() if not torch.allclose(wrong, right)}
+    expect_tensor(given, right, plausible, "rows 0 to 2 get the mean of rows 0 to 2, and so on.")
     return "so an image's weights depend on who else is asked."
 
 
@@ -312,9 +317,10 @@ def share_of_the_task(function: Callable[[Tensor, Tensor], float]) -> str:
         float(between): "each task counts with the number of its images.",
         float((centres[tasks].square().sum()) / w.square().sum()): "around the mean over all images, not around zero.",
     }
-    for number, hint in wrong.items():
-        if abs(value - number) < 1e-6:
-            raise Wrong(hint)
-    if abs(value - expected) > 1e-6:
-        raise Wrong("replace every row by the mean of its task; divide the variance that is left by the whole.")
+    expect_close(
+        value,
+        expected,
+        wrong,
+        "replace every row by the mean of its task; divide the variance that is left by the whole.",
+    )
     return "0: the task says nothing about the weights; 1: it says all, and the image itself nothing."
