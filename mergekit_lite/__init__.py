@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lite import adaptive, calibrated, data_free
 from mergekit_lite.adaptive import *  # noqa: F403  (all methods; each stands in adaptive.__all__)
 from mergekit_lite.calibrated import *  # noqa: F403  (all methods; each stands in calibrated.__all__)
-from mergekit_lite.checkpoints import CheckpointError, load, merge_files, save
+from mergekit_lite.checkpoints import CheckpointError, load, save
 from mergekit_lite.data_free import *  # noqa: F403  (all methods; each stands in data_free.__all__)
+from mergekit_lite.file_merging import merge_files
 from mergekit_lite.registry import Method, Need, method, methods, methods_table
 from mergekit_lite.task_vectors import TaskVectors
 

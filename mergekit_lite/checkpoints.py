@@ -1,276 +1,224 @@
-"""Checkpoints on disk: read tensor by tensor, written whole or not at all.
+"""Checkpoints on disk, whatever they look like: told by their first bytes, never by their names.
 
-The format is safetensors: a JSON header followed by raw bytes. Nothing in such a file can run
-code, and one tensor can be read without the rest, which is what lets `merge_files` merge
-checkpoints that are larger than memory. Other people's ``.pt``/``.pth``/``.bin`` files are read
-with ``torch.load(weights_only=True)``, which refuses everything but tensors.
+==========================================  ==========================================================================
+what there is                               how it is read
+==========================================  ==========================================================================
+a safetensors file                          tensor by tensor (`SafetensorsFile`)
+a folder of shards, or its ``.index.json``  tensor by tensor (`ShardedCheckpoint`)
+what ``torch.save`` wrote, of any age       whole, with ``weights_only``: nothing but tensors, numbers and text
+a checkpoint around a state dict            the one state dict in it is taken, and said; several are named
+==========================================  ==========================================================================
+
+Others' pickles are never trusted: what could run code is refused, and the message names what was in there.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import argparse
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from mergekit_lite.task_vectors import TaskVectors
+from mergekit_lite.safetensors_file import SafetensorsFile
+from mergekit_lite.shards import ShardedCheckpoint, file_in_folder, is_index
+from mergekit_lite.types import CheckpointError, PathLike, StateDict, Weights, say
+from mergekit_lite.writing import atomic_path, check_storage, save, tied_names
 
-StateDict = dict[str, Tensor]
-PathLike = str | os.PathLike[str]
+__all__ = [
+    "CheckpointError",
+    "PathLike",
+    "SafetensorsFile",
+    "ShardedCheckpoint",
+    "StateDict",
+    "atomic_path",
+    "load",
+    "open_checkpoint",
+    "save",
+    "tied_names",
+]
 
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
-# Two names for one tensor (tied weights) cannot stand twice in a safetensors file. The second name
-# is kept in the metadata under this prefix, pointing to the first.
-TIED_PREFIX = "tied:"
+# What other kinds of files begin with, and what to do about them.
+OTHERS = {
+    b"": "is empty: it was not copied or downloaded to its end",
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself: run `git lfs pull`",
+    b"<": "is a web page: the download was answered by a site, not by the file",
+    b"GGUF": "is a GGUF file, whose weights are quantised: merge the weights it was made from",
+    b"\x89HDF": "is an HDF5 file: save the weights with safetensors",
+    b"\x1f\x8b": "is compressed with gzip: unpack it first",
+    b"BZh": "is compressed with bzip2: unpack it first",
+    b"\xfd7zXZ": "is compressed with xz: unpack it first",
+    b"(\xb5/\xfd": "is compressed with zstd: unpack it first",
+    b"\x93NUMPY": "is a NumPy array: save the weights with safetensors",
+}
+PICKLES = (b"PK\x03\x04", b"\x80", b"(", b"}", b"c")  # a zip archive, or pickle's own first bytes
+DEPTH = 3  # how deep in a wrapped checkpoint a state dict is looked for
+TRAINING = ("optim", "sched", "scaler")  # entries that hold tensors, but no model
 
 
-class CheckpointError(ValueError):
-    """A checkpoint file that is missing, damaged, or not what its name says."""
-
-
-class SafetensorsFile(Mapping[str, Tensor]):
-    """A safetensors file seen as a read-only state dict whose tensors are mapped, not loaded.
-
-    Indexing returns a tensor backed by the file's pages, so a file of 10 GB costs no memory until
-    its tensors are read, and the operating system may drop what was read at any time.
+def open_checkpoint(path: PathLike, entry: str | None = None) -> Weights | StateDict:
+    """A checkpoint as a mapping from names to tensors, read as they are asked for where the format allows it.
 
     Args:
-        path: a ``.safetensors`` file.
+        path: a file, or a folder with a checkpoint in it.
+        entry: the state dict to take, where a file holds several: its key, with dots for keys within keys.
 
     Raises:
-        CheckpointError: the file is missing, truncated or not safetensors.
-    """
-
-    def __init__(self, path: PathLike) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise CheckpointError(f"no such checkpoint: '{self.path}'. Check the path.")
-        try:
-            self._file = safe_open(self.path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as problem:
-            raise CheckpointError(
-                f"'{self.path}' is not a complete safetensors file ({problem}). "
-                "It may be truncated (copy or download it again) or be of another format "
-                "(convert it: mergekit_lite.save(mergekit_lite.load('model.pt'), 'model.safetensors'))."
-            ) from problem
-        self.metadata: dict[str, str] = self._file.metadata() or {}
-        tied = {k[len(TIED_PREFIX) :]: v for k, v in self.metadata.items() if k.startswith(TIED_PREFIX)}
-        # Names in the order of the bytes, so that a pass over the file reads it from start to end.
-        header, _ = read_header(self.path)
-        stored = sorted(header, key=lambda name: header[name]["data_offsets"][0])
-        self._stored_as = {name: name for name in stored} | tied
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._file.get_tensor(self._stored_as[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored_as)
-
-    def __len__(self) -> int:
-        return len(self._stored_as)
-
-    def stored_name(self, name: str) -> str:
-        """The name under which the bytes of `name` stand: another one if the two are tied."""
-        return self._stored_as[name]
-
-
-def read_header(path: PathLike) -> tuple[dict[str, dict[str, Any]], int]:
-    """The header of a safetensors file (without its metadata), and the offset where bytes begin."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header, 8 + length
-
-
-def open_checkpoint(path: PathLike) -> Mapping[str, Tensor]:
-    """A checkpoint as a mapping from names to tensors, memory-mapped, whatever its format.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or holds more than tensors.
+        CheckpointError: the file is missing, damaged, no checkpoint, or holds more than tensors, or several models.
     """
     path = Path(path)
-    if path.suffix not in PICKLE_SUFFIXES:
-        return SafetensorsFile(path)
+    if path.is_dir():
+        path = file_in_folder(path)
+    if is_index(path):
+        return ShardedCheckpoint(path, _read_pickle)
     if not path.is_file():
         raise CheckpointError(f"no such checkpoint: '{path}'. Check the path.")
     try:
-        loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as problem:  # pickle's errors have no common class
-        raise CheckpointError(
-            f"'{path}' could not be read with torch.load(weights_only=True): {problem}. It is damaged, "
-            "or holds objects other than tensors; ask its author for a safetensors file."
-        ) from problem
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise CheckpointError(
-            f"'{path}' does not hold a plain state dict (names to tensors). Save model.state_dict() alone."
-        )
-    return loaded
+        with path.open("rb") as file:
+            first = file.read(24)
+    except OSError as problem:
+        raise CheckpointError(f"'{path}' cannot be read ({problem.strerror}).") from problem
+    if first[4:9] == b"\0\0\0\0{":  # a header shorter than 4 GB
+        return SafetensorsFile(path)
+    for begin, what in OTHERS.items():
+        if first.startswith(begin) if begin else not first:
+            raise CheckpointError(f"'{path}' is not a complete safetensors file and no checkpoint of torch: it {what}.")
+    if first.startswith(PICKLES):
+        return state_dict_in(_read_pickle(path), path, entry)
+    return SafetensorsFile(path)  # says what is wrong with it
 
 
-def load(path: PathLike) -> StateDict:
+def load(path: PathLike, entry: str | None = None) -> StateDict:
     """Read a checkpoint into memory as a plain state dict; tied names share one tensor again.
 
+    Args:
+        path: a safetensors file, what ``torch.save`` wrote, or a folder with a checkpoint or its shards.
+        entry: the state dict to take, where a file holds several, such as ``"model_ema"``.
+
+    Returns:
+        Tensors in memory of their own: whatever happens to the file, they stay as they are.
+
     Raises:
-        CheckpointError: the file is missing, damaged, or holds more than tensors.
+        CheckpointError: the file is missing, damaged, or holds more than tensors, or several models.
     """
-    file = open_checkpoint(path)
-    if not isinstance(file, SafetensorsFile):
-        return dict(file)
-    loaded: StateDict = {}
-    for name in file:
-        first = file.stored_name(name)
-        # clone: what is mapped lives only as long as the file stays as it is
-        loaded[name] = loaded[first] if first in loaded else file[name].clone()
+    opened = open_checkpoint(path, entry)
+    if not isinstance(opened, Weights):
+        return dict(opened)
+    ties, loaded = opened.ties(), StateDict()
+    for name in opened:
+        loaded[name] = loaded[ties[name]] if ties[name] in loaded else opened[name]
     return loaded
 
 
-def save(state: Mapping[str, Tensor], path: PathLike, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write a state dict as safetensors, atomically: `path` holds the whole file or the old one.
-
-    Args:
-        state: names to tensors; names that share one tensor (tied weights) are stored once.
-        path: where to write; missing folders are made.
-        metadata: strings to keep in the header, such as the recipe of a merge.
-
-    Returns:
-        The path written.
-    """
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    firsts = tied_names(state)
-    tensors = {n: state[n].detach().contiguous() for n in state if firsts[n] == n}
-    # A view into a larger storage (one row of a matrix) is written as just what it shows.
-    tensors = {n: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for n, t in tensors.items()}
-    ties = {TIED_PREFIX + name: first for name, first in firsts.items() if name != first}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={**(metadata or {}), **ties})
-    return path
+# ---------------------------------------------------------------- what torch.save wrote
 
 
-@contextmanager
-def atomic_path(path: PathLike) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+def _read_pickle(path: Path) -> Any:
     try:
-        yield temporary
-        # mkstemp makes files that only their owner can read; give this one the usual rights.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with torch.serialization.safe_globals(_harmless()):
+            return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as problem:  # pickle's errors have no common class
+        text = str(problem)
+        if found := re.search(r"GLOBAL ([\w.]+)", text) or re.search(
+            r"[Uu]nsupported (?:class|global:?) ([\w.]+)", text
+        ):
+            reason = f"it holds an object of {found[1]}, which could run code"
+        elif "TorchScript" in text:
+            reason = "it is a TorchScript program"
+        elif "tar" in text and "legacy" in text:
+            reason = "it is in torch's format of 2016, a tar archive"
+        else:
+            lines = text.strip().splitlines()
+            reason = f"{type(problem).__name__}: {lines[0][:200] if lines else 'damaged'}"
+        raise CheckpointError(
+            f"'{path}' could not be read with torch.load(weights_only=True): {reason}. It is damaged, or holds objects "
+            "other than tensors; ask its author for model.state_dict() as a safetensors file."
+        ) from problem
 
 
-def tied_names(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """For each name, the first name that shows the very same tensor (itself, if it is not tied)."""
-    if isinstance(state, SafetensorsFile):
-        return {name: state.stored_name(name) for name in state}
-    seen: dict[tuple[object, ...], str] = {}
-    firsts = {}
-    for name, tensor in state.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        # Empty tensors and those without memory (the meta device) all "stand" at address 0.
-        firsts[name] = seen.setdefault(place, name) if tensor.data_ptr() else name
-    return firsts
+def _harmless() -> list[Any]:
+    """Classes besides tensors that training programs often save, and that do nothing when they are read."""
+    import numpy as np
+    from numpy._core.multiarray import scalar  # a NumPy number's function, under its old and its new name
+
+    dtypes = [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
+    return [argparse.Namespace, np.dtype, *dtypes, scalar, (scalar, "numpy.core.multiarray.scalar")]
 
 
-def merge_files(
-    method: Callable[..., Mapping[str, Tensor]],
-    base: PathLike,
-    experts: Iterable[PathLike],
-    out: PathLike,
-    **hyperparameters: object,
-) -> Path:
-    """Merge checkpoint files into a file, tensor by tensor, without holding a model in memory.
+# ---------------------------------------------------------------- checkpoints around a state dict
 
-    Any method written with `TaskVectors.layers`, `gram` and `map` works unchanged: `map` writes each
-    merged tensor to the output file instead of collecting it. For an elementwise method on float32
-    files the memory in use stays below K + 2 times the largest tensor (half-precision files are
-    computed in float32 and so need twice their own size).
 
-    Args:
-        method: a merging method, such as `mergekit_lite.task_arithmetic`.
-        base: the base checkpoint, a ``.safetensors`` file; the output has its names, shapes and dtypes.
-        experts: the fine-tuned checkpoints, ``.safetensors`` files.
-        out: where to write. Nothing is left there if the merge fails.
-        **hyperparameters: passed to the method and recorded in the output's metadata.
-
-    Returns:
-        The path written.
+def state_dict_in(loaded: Any, path: Path, entry: str | None = None) -> StateDict:
+    """The state dict in what a file held.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or `out` is one of the inputs.
-        KeyError, ValueError: the checkpoints do not fit together; the message names the tensor.
-        TypeError: the method does not return one state dict of this architecture.
+        CheckpointError: there is none, there are several, or it holds other things than tensors.
     """
-    from mergekit_lite.task_vectors import TaskVectors
-
-    sources = [Path(base), *map(Path, experts)]
-    out = Path(out)
-    if out.exists() and any(source.exists() and out.samefile(source) for source in sources):
-        raise CheckpointError(f"the output '{out}' is one of the inputs; write it under another name.")
-    base_file = SafetensorsFile(base)
-    recipe = {
-        "merged_with": f"mergekit_lite.{getattr(method, '__name__', 'method')}",
-        "hyperparameters": json.dumps(hyperparameters, default=str),
-        "base": sources[0].name,
-        "experts": json.dumps([path.name for path in sources[1:]]),
-    }
-    with atomic_path(out) as temporary:
-        stream = _StreamedFile(base_file, temporary, {**base_file.metadata, **recipe})
-        tv: TaskVectors = TaskVectors(base_file, sources[1:])._with_collector(stream.write)
-        merged = method(tv, **hyperparameters)
-        if merged is not stream.result:  # a method that built its own dict instead of calling tv.map
-            if set(merged) != set(base_file):
-                raise TypeError(
-                    f"{recipe['merged_with']} does not return the base's tensors but {', '.join(list(merged)[:3])}. "
-                    "A method with a model for each task makes no single file; save each of its models."
-                )
-            stream.write(merged.items())
-    return out
-
-
-class _StreamedFile:
-    """Writes merged tensors into a new safetensors file laid out exactly like the base's."""
-
-    def __init__(self, base: SafetensorsFile, path: Path, metadata: dict[str, str]) -> None:
-        self.base, self.path, self.metadata = base, path, metadata
-        self.header, _ = read_header(base.path)
-        self.result: Mapping[str, Tensor] | None = None
-
-    def write(self, merged: Iterable[tuple[str, Tensor]]) -> Mapping[str, Tensor]:
-        """Write all pairs, in any order, and return the new file as a (mapped) state dict."""
-        text = json.dumps({"__metadata__": self.metadata, **self.header}, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # keeps every tensor aligned
-        with open(self.path, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name, tensor in merged:
-                if self.base.stored_name(name) == name:  # a tied name's bytes stand under the first
-                    file.seek(8 + len(text) + self.header[name]["data_offsets"][0])
-                    _write_bytes(file, tensor)
-                del tensor  # it is on disk; the next one needs the memory
-        self.result = SafetensorsFile(self.path)
-        return self.result
+    if _is_state_dict(loaded) and entry is None:
+        return _checked(loaded, path)
+    found = dict(_state_dicts(loaded))
+    if entry is not None:
+        if entry in found or (_is_state_dict(loaded) and not found):  # a plain state dict needs no choice
+            return _checked(found.get(entry, loaded), path)
+        there = ", ".join(f"'{name}'" for name in found) or "none"
+        raise CheckpointError(f"'{path}' has no state dict '{entry}'; there is {there}.")
+    if len(found) > 1:
+        there = ", ".join(f"'{name}'" for name in found)
+        raise CheckpointError(
+            f"'{path}' holds several state dicts: {there}. Choose one: mergekit_lite.load('{path.name}', "
+            f"entry='{next(iter(found))}')."
+        )
+    if found:
+        ((name, state),) = found.items()
+        say("'%s' holds more than a model; its state dict '%s' is taken.", path.name, name)
+        return _checked(state, path)
+    what = f"a {type(loaded).__name__}"
+    if isinstance(loaded, Mapping):
+        wrong = next((name for name, value in loaded.items() if not isinstance(value, Tensor)), None)
+        what = f"'{wrong}', a {type(loaded[wrong]).__name__}" if wrong is not None else "nothing"
+    raise CheckpointError(
+        f"'{path}' does not hold a plain state dict (names to tensors), but {what}. Save model.state_dict() alone."
+    )
 
 
-def _write_bytes(file: IO[bytes], tensor: Tensor) -> None:
-    """Write a tensor's bytes without copying them (`view` to bytes, then numpy's buffer)."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    if flat.numel():
-        file.write(flat.view(torch.uint8).numpy().data)
+def _state_dicts(loaded: Any) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """The state dicts that lie least deep in nested mappings, with their keys."""
+    level: dict[str, Any] = {"": loaded}
+    for _ in range(DEPTH):
+        inner = {
+            f"{outer}.{key}" if outer else str(key): value
+            for outer, mapping in level.items()
+            if isinstance(mapping, Mapping)
+            for key, value in mapping.items()
+            if not any(word in str(key).lower() for word in TRAINING)
+        }
+        found = {key: value for key, value in inner.items() if _is_state_dict(value)}
+        if found:
+            yield from found.items()
+            return
+        level = inner
+
+
+def _is_state_dict(value: object) -> bool:
+    """Whether this is a mapping from names to tensors, as it should be or with little else in it."""
+    if not isinstance(value, Mapping) or not value or not all(isinstance(key, str) for key in value):
+        return False
+    tensors = sum(isinstance(entry, Tensor) for entry in value.values())
+    return tensors > 0 and not any(isinstance(entry, Mapping) for entry in value.values())
+
+
+def _checked(state: Mapping[str, Any], path: Path) -> StateDict:
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"'{path}' does not hold a plain state dict: '{name}' is a {type(tensor).__name__}, not a tensor. "
+                "Leave it out and save the file again."
+            )
+        try:
+            check_storage(name, tensor)
+        except TypeError as problem:
+            raise CheckpointError(f"'{path}': {problem}") from problem
+    return {name: tensor.detach() for name, tensor in state.items()}

@@ -6,6 +6,7 @@ registry, so they cannot disagree with the code.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -97,6 +98,15 @@ def methods(need: Need | None = None) -> dict[str, Method]:
     order = list(Need)
     chosen = [(key, m) for key, m in _METHODS.items() if need is None or m.need is need]
     return dict(sorted(chosen, key=lambda item: (order.index(item[1].need), item[1].year, item[0])))
+
+
+def running_method() -> str:
+    """The recorded method that is at work, for messages: the outermost on the call stack, as it was called."""
+    known = {m.function.__code__: m.call for m in _METHODS.values()}
+    frame, found = sys._getframe(1), "this method"
+    while frame := frame.f_back:  # type: ignore[assignment]
+        found = known.get(frame.f_code, found)
+    return found
 
 
 def methods_table() -> str:

@@ -1,12 +1,16 @@
-"""Order statistics of vectors too long to sort: the exact k-th smallest entry, in two passes and little memory.
+"""Order statistics of vectors too long to sort: the exact k-th smallest entry, in a few passes and little memory.
 
-Trimming methods keep the largest entries of a whole task vector, so they need the entry at a given rank among
-10^8. Sorting costs a hundred times as much as reading, and a copy of each vector besides. Instead
+Trimming methods keep the largest entries of a whole task vector, so they need the entry at a given rank among 10^8.
+Sorting costs a hundred times as much as reading, and a copy of each vector besides. Instead
 
 1. a regular sample of 2^16 entries says roughly where the entry lies: in a bracket around the same quantile;
-2. one pass counts the entries below the bracket and collects those inside, about 1 % of all. The entry is found
-   among these by its rank, exactly; and if the sample misled, the counts show it and the bracket is widened.
+2. one pass counts the entries below the bracket, and how often each value inside it stands in the vector. Adding the
+   counts up from below leads to the entry at the wanted rank, exactly.
 
+There are few values to be counted, because a float's bits, read as a whole number, are in the float's own order (with
+the negative ones turned around): between two floats that are one per cent apart there are 2^17 others. A wider bracket
+is cut into 2^20 bins and the right one searched again. If the sample misled, the counts show it, and the search goes on
+beside the bracket. The memory is 2^20 counts at most for each vector and rank, however long the vectors are.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ SAMPLE = 1 << 16  # entries per vector
 # Half the bracket's width, as a share of all entries. A quantile of the sample misses by .002 at most (one
 # standard deviation, in the middle), so the first bracket fails about once in 500 times.
 MARGIN = 0.006
+BINS = 1 << 20
+WHOLE = {torch.float32: torch.int32, torch.float64: torch.int64}  # as many bits
 
 
 def magnitudes(tv: TaskVectors) -> TaskVectors:
@@ -42,77 +48,102 @@ def kth_smallest(vectors: TaskVectors, ranks: Sequence[int]) -> Tensor:
         ranks: numbers k between 1 (the smallest entry) and d (the largest).
 
     Returns:
-        Shape (len(ranks), K), in the vectors' dtype, on the CPU.
+        Shape (len(ranks), K), in the vectors' dtype (float64 where tensors differ), on the CPU.
 
     Raises:
-        ValueError: a rank outside 1..d.
+        ValueError: there are no weights, or a rank outside 1..d.
     """
     d = vectors.dimension
+    if d == 0:
+        raise ValueError("these models have no floating-point tensors with weights, so there is nothing to rank.")
     if not all(1 <= k <= d for k in ranks):
         raise ValueError(f"ranks must lie between 1 and {d}, the number of weights; got {list(ranks)}.")
-    sample, margin = _sample(vectors), MARGIN
-    while True:
-        brackets = [_Bracket(sample, k, d, margin) for k in ranks]
+    sample = _sample(vectors)
+    searches = [_Search(row, k, d) for k in ranks for row in sample]
+    while open_ones := [(i % len(sample), search) for i, search in enumerate(searches) if search.is_open]:
         for _, piece in vectors.pieces():
-            for bracket in brackets:
-                bracket.count(piece)
-        entries = torch.stack([bracket.entry() for bracket in brackets])
-        if all(bracket.holds() for bracket in brackets) or _have_ranks(vectors, entries, ranks):
-            return entries
-        margin *= 8  # from 1 on the bracket holds everything
+            rows = piece.to(sample.dtype)
+            for k, search in open_ones:
+                search.count(rows[k])
+        for _, search in open_ones:
+            search.narrow()
+    return torch.stack([search.entry for search in searches]).view(len(ranks), len(sample))
 
 
 def _sample(vectors: TaskVectors) -> Tensor:
-    """About 2^16 entries of each vector at a regular distance, sorted: (K, m)."""
+    """About 2^16 entries of each vector at a regular distance, and its least and its largest, sorted: (K, m)."""
     step = max(1, vectors.dimension // SAMPLE) | 1  # odd, so as not to fall into step with the widths of layers
-    seen, parts = 0, []
+    seen, parts, ends = 0, [], []
     for _, piece in vectors.pieces():
         parts.append(piece[:, -seen % step :: step].clone().cpu())
+        ends.append(torch.stack([piece.amin(1), piece.amax(1)], dim=1).cpu())
         seen += piece.shape[1]
-    return torch.cat(parts, dim=1).sort(dim=1).values
+    both = torch.cat(ends, dim=1)
+    lowest, highest = both.amin(1, keepdim=True), both.amax(1, keepdim=True)
+    return torch.cat([lowest, *parts, highest], dim=1).sort(dim=1).values
 
 
-class _Bracket:
-    """An open interval for each of K vectors, how many entries lie below it, and those that lie in it."""
+class _Search:
+    """The search for one entry of one vector: the values from `low` up to (not with) `high` are candidates."""
 
-    def __init__(self, sample: Tensor, rank: int, d: int, margin: float) -> None:
-        """Around the sample's (K, m) entries at the same share of the way as the rank among d."""
-        tasks, m = sample.shape
-        first, last = int((rank / d - margin) * m), int((rank / d + margin) * m) + 1
-        infinite = torch.full_like(sample[:, 0], torch.inf)
-        self.rank = rank
-        self.low = sample[:, first] if first > 0 else -infinite
-        self.high = sample[:, last] if last < m else infinite
-        self.below = [0] * tasks
-        self.inside: list[list[Tensor]] = [[] for _ in range(tasks)]
+    def __init__(self, sample: Tensor, rank: int, d: int) -> None:
+        """Around the sample's entries (m,), sorted, at the same share of the way as the rank among d."""
+        m, self.dtype, self.rank = len(sample), sample.dtype, rank
+        self.counter = torch.int32 if d < 1 << 31 else torch.int64
+        first, last = int((rank / d - MARGIN) * m), int((rank / d + MARGIN) * m) + 1
+        first, last = (0, 0) if rank == 1 else (m - 1, m - 1) if rank == d else (max(0, first), min(last, m - 1))
+        self.least, self.most = int(_ordered(sample[0])), int(_ordered(sample[-1]))
+        self.low, self.high = int(_ordered(sample[first])), int(_ordered(sample[last])) + 1
+        self._begin()
 
-    def count(self, piece: Tensor) -> None:
-        """Take a piece (K, n) into account."""
-        for i, (row, low, high) in enumerate(zip(piece, self.low.tolist(), self.high.tolist(), strict=True)):
-            above = row > low
-            self.below[i] += len(row) - int(above.count_nonzero())
-            self.inside[i].append(row[above & (row < high)].cpu())
+    def _begin(self) -> None:
+        self.shift = max(0, (self.high - self.low).bit_length() - BINS.bit_length() + 1)
+        self.first_bin, last_bin = self.low >> self.shift, (self.high - 1) >> self.shift
+        self.counts, self.below = torch.zeros(last_bin - self.first_bin + 1, dtype=self.counter), 0
+        self.bounds = float(_float(self.low, self.dtype)), float(_float(self.high - 1, self.dtype))
 
-    def holds(self) -> bool:
-        """Whether all K entries of this rank lie inside."""
-        sizes = [sum(map(len, parts)) for parts in self.inside]
-        return all(0 < self.rank - below <= size for below, size in zip(self.below, sizes, strict=True))
+    @property
+    def is_open(self) -> bool:
+        """Whether there is more than one candidate."""
+        return self.high - self.low > 1
 
+    @property
     def entry(self) -> Tensor:
-        """The K entries of this rank; where one does not lie inside, the nearest end."""
-        found = []
-        for low, high, below, parts in zip(self.low, self.high, self.below, self.inside, strict=True):
-            inside, k = torch.cat(parts), self.rank - below
-            found.append(low if k < 1 else high if k > len(inside) else inside.kthvalue(k).values)
-        return torch.stack(found)
+        """The lowest candidate."""
+        return _float(self.low, self.dtype)
+
+    def count(self, row: Tensor) -> None:
+        """Take entries (n,) into account."""
+        low, high = self.bounds
+        above = row >= low
+        self.below += len(row) - int(above.count_nonzero())
+        inside = row[above & (row <= high)].cpu()
+        bins = (_ordered(inside).long() >> self.shift) - self.first_bin
+        self.counts.index_add_(0, bins, torch.ones_like(bins, dtype=self.counter))
+
+    def narrow(self) -> None:
+        """Keep the candidates among which the counts say that the entry is."""
+        upto = self.below + self.counts.cumsum(0, dtype=torch.int64)
+        if self.rank <= self.below:  # the sample misled
+            self.low, self.high = self.least, self.low
+        elif self.rank > upto[-1]:
+            self.low, self.high = self.high, self.most + 1
+        else:
+            found = self.first_bin + int((upto < self.rank).sum())
+            self.low, self.high = max(self.low, found << self.shift), min(self.high, (found + 1) << self.shift)
+        self._begin()
 
 
-def _have_ranks(vectors: TaskVectors, entries: Tensor, ranks: Sequence[int]) -> bool:
-    """Whether entries (R, K) have the ranks: an end of a bracket may, if it stands in the vector many times (as 0)."""
-    below, upto = torch.zeros(entries.shape, dtype=torch.long), torch.zeros(entries.shape, dtype=torch.long)
-    for _, piece in vectors.pieces():
-        for i, entry in enumerate(entries.to(piece)):
-            below[i] += (piece < entry[:, None]).sum(1).cpu()
-            upto[i] += (piece <= entry[:, None]).sum(1).cpu()
-    rank = torch.tensor(ranks)[:, None]
-    return bool(((below < rank) & (rank <= upto)).all())
+def _ordered(floats: Tensor) -> Tensor:
+    """Floats as whole numbers of the same order; -0 counts as 0."""
+    return _turned((floats + 0.0).view(WHOLE[floats.dtype]))
+
+
+def _float(whole: int, dtype: torch.dtype) -> Tensor:
+    """The float that `_ordered` made a whole number of."""
+    return _turned(torch.tensor(whole, dtype=WHOLE[dtype])).view(dtype)
+
+
+def _turned(bits: Tensor) -> Tensor:
+    """Negative floats' bits rise with their magnitude: all but the sign are flipped. Its own inverse."""
+    return bits ^ ((bits >> (bits.element_size() * 8 - 1)) & torch.iinfo(bits.dtype).max)

@@ -32,9 +32,12 @@ def test_a_merge(files, tmp_path):
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
-def test_names_of_experts_can_be_given(files, tmp_path):
-    done = call("merge", "negation", *files, "--out", tmp_path / "m.safetensors", "--set", "forget=expert 1")
+def test_experts_are_called_as_their_files(files, tmp_path):
+    named = [file.rename(tmp_path / name) for file, name in zip(files, ("base.st", "math.st", "code.st"), strict=True)]
+    done = call("merge", "negation", *named, "--out", tmp_path / "m.safetensors", "--set", "forget=code")
     assert done.exit_code == 0, done.output
+    expected = mkl.negation(mkl.TaskVectors(named[0], named[1:]), forget=1)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in mkl.load(tmp_path / "m.safetensors").items())
 
 
 def test_curvature_comes_from_files(files, tmp_path):

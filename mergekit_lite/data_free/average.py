@@ -46,4 +46,4 @@ def average(tv: TaskVectors, *, weights: Sequence[float] | None = None) -> State
     if not torch.isfinite(w).all() or (w < 0).any() or w.sum() == 0:
         raise ValueError(f"weights must be finite, not negative and not all zero; got {w.tolist()}.")
     w = w / w.sum()
-    return tv.map_pieces(lambda place, taus: w.to(taus) @ taus)
+    return tv.map_pieces(lambda place, taus: w.to(taus) @ taus, shares=w)

@@ -10,6 +10,9 @@ negation     :math:`\theta_0 - \lambda\,\tau`                            forget 
 analogy      :math:`\theta_0 + \lambda\,(\tau_C + \tau_B - \tau_A)`      a task D, where A : B = C : D
 ===========  ==========================================================  =========================
 
+Running statistics of normalisation are not added: they are the mean over the tasks with a positive scale, so that a
+variance stays one (`mergekit_lite.roles`).
+
 One scale :math:`\lambda` serves all tasks. The paper chooses it on validation data; 0.3 is the usual
 choice for eight tasks without any. At :math:`\lambda = 1/K` addition is plain averaging.
 """
@@ -45,7 +48,7 @@ def task_arithmetic(tv: TaskVectors, *, scale: float | Sequence[float] = 0.3) ->
         raise ValueError(f"expected one scale or {len(tv)} (one per task), got {scales.numel()}.")
     if not torch.isfinite(scales).all():
         raise ValueError(f"scale must be finite, got {scale}.")
-    return tv.map_pieces(lambda place, taus: scales.to(taus) @ taus)
+    return tv.map_pieces(lambda place, taus: scales.to(taus) @ taus, shares=scales)
 
 
 @method(name="Task negation", paper=_PAPER, arxiv="2212.04089", year=2023, need=Need.WEIGHTS)

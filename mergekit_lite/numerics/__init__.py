@@ -1,0 +1,1 @@
+"""Arithmetic that knows tensors and no tasks."""
