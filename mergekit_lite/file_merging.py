@@ -49,7 +49,7 @@ def merge_files(
         experts: the fine-tuned checkpoints; a mapping gives names, else they are called as their files.
         out: where to write: a file, or, if it has no suffix and the base is sharded, `max_shard_size` is given, or the
             method makes a model for each task, a new folder. Nothing is left there if the merge fails.
-        max_shard_size: bytes in a shard at most, such as ``"5GB"``; the output is then a folder of shards with an index.
+        max_shard_size: bytes in a shard at most, such as ``"5GB"``; the output is then a folder of shards.
         entry: the state dict to take from checkpoints that hold several, such as ``"model_ema"``.
         **hyperparameters: passed to the method and recorded in the output's metadata.
 
@@ -98,8 +98,8 @@ def merge_files(
         by_task = not written and isinstance(next(iter(merged.values()), None), Mapping)
         if by_task and (out.suffix or shard is not None):
             raise TypeError(
-                f"{recipe['merged_with']} makes a model for each task ({', '.join(list(merged)[:3])}, ...), which is no "
-                "single file; give a folder as output."
+                f"{recipe['merged_with']} makes a model for each task ({', '.join(list(merged)[:3])}, ...), which is "
+                "no single file; give a folder as output."
             )
         with atomic_path(out, folder=by_task or shard is not None) as temporary:
             if by_task:
@@ -164,7 +164,7 @@ def _write(
     files = files if shard is not None else [place]
     seconds = tied_only(ties)
     with ExitStack() as stack:
-        writers = {}
+        writers: dict[str, TensorWriter] = {}
         for file, group in zip(files, groups, strict=True):
             contents = {name: (base.dtype(name), base.shape(name)) for name in group}
             own = {name: first for name, first in seconds.items() if first in contents}
@@ -210,8 +210,8 @@ def _write_own(
     if set(merged) != set(tv.base):
         odd = sorted(set(merged) ^ set(tv.base), key=str)
         raise TypeError(
-            f"{what} does not return the base's tensors: {len(odd)} names differ, such as '{odd[0]}'. It must return one "
-            "state dict of this architecture."
+            f"{what} does not return the base's tensors: {len(odd)} names differ, such as '{odd[0]}'. It must return "
+            "one state dict of this architecture."
         )
     ties = tied_names(merged)
 

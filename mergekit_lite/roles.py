@@ -42,7 +42,7 @@ FACTOR = re.compile(
     r"(?:^|\.|_)(?:lora_(?:[AB]|embedding_[AB]|up|down|magnitude_vector)|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|vera_lambda_[bd])"
     r"(?:\.|$)"
 )
-# Names that only quantised layers have: those of bitsandbytes, GPTQ and AWQ, compressed-tensors, torch.ao, fp8 releases.
+# Names that only quantised layers have: of bitsandbytes, GPTQ and AWQ, compressed-tensors, torch.ao, fp8 releases.
 CODE = re.compile(
     r"(?:^|[._])(?:qweight|qzeros|SCB|weight_format|absmax|nested_absmax|quant_map|nested_quant_map|weight_packed|"
     r"weight_scale|weight_scale_inv|weight_zero_point|_packed_params|quant_state)(?:\.|$)"
@@ -53,7 +53,7 @@ FLOAT8 = tuple(dtype for name in dir(torch) if name.startswith("float8") for dty
 
 def role_of(name: str, dtype: torch.dtype, names: Iterable[str] = ()) -> Role:
     """A tensor's role, as far as its name, its dtype and its neighbours' names (a set, best) show it."""
-    module, _, last = name.rpartition(".")
+    last = name.rpartition(".")[2]
     if FACTOR.search(name):
         return "factor"
     if CODE.search(name) or (
@@ -94,9 +94,9 @@ def roles_of(weights: Weights, what: str) -> dict[str, Role]:
             raise TypeError(f"'{name}' of {what} is complex; merging is defined for real weights.")
         if role == "code":
             raise ValueError(
-                f"'{name}' of {what} ({dtype_name(weights.dtype(name))}) belongs to quantised weights: integer or 8-bit "
-                "codes with a scale elsewhere, which cannot be merged by parts. Merge the weights that they were made "
-                "from, or dequantise them first."
+                f"'{name}' of {what} ({dtype_name(weights.dtype(name))}) belongs to quantised weights: integer or "
+                "8-bit codes with a scale elsewhere, which cannot be merged by parts. Merge the weights that they "
+                "were made from, or dequantise them first."
             )
         if role == "factor":
             raise ValueError(
@@ -110,7 +110,8 @@ REMEDY: Mapping[str, str] = {
     "mask": "a pruning mask: make the pruning permanent with torch.nn.utils.prune.remove",
     "norm pair": "half of a weight that is kept as length and direction: join them with "
     "torch.nn.utils.parametrize.remove_parametrizations (or torch.nn.utils.remove_weight_norm)",
-    "constant": "an 8-bit integer tensor, so a constant or a code with a scale elsewhere: merge the weights it was made from",
+    "constant": "an 8-bit integer tensor, so a constant or a code with a scale elsewhere: merge the weights that it "
+    "was made from",
 }
 
 

@@ -67,7 +67,8 @@ class SafetensorsFile(Weights):
         if not self.path.is_file():
             raise CheckpointError(f"no such checkpoint: '{self.path}'. Check the path.")
         self._stamp = _stamp(self.path.stat())
-        self._lock, self._file = threading.Lock(), None  # the file is opened when the first tensor is read
+        self._lock = threading.Lock()
+        self._file: FileIO | None = None  # it is opened when the first tensor is read
         self.header, self._begin, self.metadata = read_header(self.path)
         for name, entry in self.header.items():
             if entry["dtype"] not in DTYPES:
@@ -136,7 +137,7 @@ class SafetensorsFile(Weights):
         part = torch.empty(max(0, stop - start), dtype=DTYPES[entry["dtype"]])
         if not part.numel():
             return part
-        room = memoryview(part.view(torch.uint8).numpy())
+        room = part.view(torch.uint8).numpy().data
         with self._lock:
             file = self._file or self._opened()
             file.seek(self._begin + entry["data_offsets"][0] + start * part.element_size())
@@ -164,8 +165,8 @@ class SafetensorsFile(Weights):
 
     def _changed(self) -> CheckpointError:
         return CheckpointError(
-            f"'{self.path}' was changed, replaced or removed after it was opened. Let the program that writes it finish, "
-            "and start again."
+            f"'{self.path}' was changed, replaced or removed after it was opened. Let the program that writes it "
+            "finish, and start again."
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

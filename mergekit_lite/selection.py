@@ -94,6 +94,7 @@ class _Search:
         first, last = (0, 0) if rank == 1 else (m - 1, m - 1) if rank == d else (max(0, first), min(last, m - 1))
         self.least, self.most = int(_ordered(sample[0])), int(_ordered(sample[-1]))
         self.low, self.high = int(_ordered(sample[first])), int(_ordered(sample[last])) + 1
+        self.is_open = rank not in (1, d)  # those are known already
         self._begin()
 
     def _begin(self) -> None:
@@ -103,13 +104,8 @@ class _Search:
         self.bounds = float(_float(self.low, self.dtype)), float(_float(self.high - 1, self.dtype))
 
     @property
-    def is_open(self) -> bool:
-        """Whether there is more than one candidate."""
-        return self.high - self.low > 1
-
-    @property
     def entry(self) -> Tensor:
-        """The lowest candidate."""
+        """The lowest candidate: the entry, once the search is not open any more."""
         return _float(self.low, self.dtype)
 
     def count(self, row: Tensor) -> None:
@@ -131,6 +127,7 @@ class _Search:
         else:
             found = self.first_bin + int((upto < self.rank).sum())
             self.low, self.high = max(self.low, found << self.shift), min(self.high, (found + 1) << self.shift)
+            self.is_open = self.high - self.low > 1  # one candidate, and the counts agree
         self._begin()
 
 

@@ -208,8 +208,8 @@ def beside(base: Weights, expert: Weights, what: str) -> Weights:
         theirs, ours = expert.dtype(name), base.dtype(name)
         if theirs.is_floating_point != ours.is_floating_point:
             raise ValueError(
-                f"'{name}' has the dtype {dtype_name(theirs)} in {what} but {dtype_name(ours)} in the base: integer and "
-                "floating-point numbers cannot be merged. Is one of them quantised?"
+                f"'{name}' has the dtype {dtype_name(theirs)} in {what} but {dtype_name(ours)} in the base: integer "
+                "and floating-point numbers cannot be merged. Is one of them quantised?"
             )
     return expert
 

@@ -69,10 +69,10 @@ class TaskVectors:
         names: one name per expert; by default ``expert 0``, ``expert 1``, ...
 
     Checkpoints are files of safetensors, folders of shards, or what ``torch.save`` wrote (`mergekit_lite.checkpoints`);
-    safetensors are read one tensor at a time. A prefix that a wrapper has put before all names is dropped. Half-precision
-    weights (float16, bfloat16) are computed with in float32, and merged tensors are returned in the base's dtype, on the
-    base's device, and finite. Names tied to one tensor in the base and in every expert count once and stay tied. Inputs
-    are never changed; where one changes while it is in use, that is said.
+    safetensors are read one tensor at a time. A prefix that a wrapper has put before all names is dropped.
+    Half-precision weights (float16, bfloat16) are computed with in float32, and merged tensors are returned in the
+    base's dtype, on the base's device, and finite. Names tied to one tensor in the base and in every expert count once
+    and stay tied. Inputs are never changed; where one changes while it is in use, that is said.
 
     Raises:
         ValueError: no experts, names that repeat or do not fit, shapes that differ, quantised weights or adapters; and,
@@ -210,9 +210,9 @@ class TaskVectors:
         Args:
             f: takes a tensor's name and its task vectors (K, *shape); returns the merged task vector,
                 of shape ``shape``. It may overwrite the ``taus`` it was given. It is asked about weights alone.
-            shares: K numbers, how much each expert counts in the mean of running statistics (or K + 1, the base's first);
-                by default the experts all count the same. Negative ones count as 0; if none is positive the base's
-                statistics are kept.
+            shares: K numbers, how much each expert counts in the mean of running statistics (or K + 1, the base's
+                first); by default the experts all count the same. Negative ones count as 0; if none is positive the
+                base's statistics are kept.
 
         Returns:
             A state dict with the base's keys in the base's order, its dtypes and its devices; all numbers are finite.
@@ -286,7 +286,7 @@ class TaskVectors:
             if not fits_into(merged[kept], dtype):
                 raise ValueError(
                     f"the merge of '{name}' by {running_method()} is not finite in {dtype_name(dtype)} (largest "
-                    f"magnitude {merged[kept].abs().max().item():.3g}): a smaller scale, or a base in float32, may help."
+                    f"magnitude {merged[kept].abs().max().item():.3g}): try a smaller scale, or a base in float32."
                 )
         return merged.to(dtype)
 

@@ -108,9 +108,8 @@ class TensorWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         with self._file:
-            if kind is None:
-                if self._waiting:
-                    raise ValueError(f"'{min(self._waiting)}' was not written.")
+            if kind is None and self._waiting:
+                raise ValueError(f"'{min(self._waiting)}' was not written.")
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor.
@@ -130,7 +129,7 @@ class TensorWriter:
         if flat.numel():
             entry: dict[str, list[int]] = self._header[name]  # type: ignore[assignment]
             self._file.seek(self._begin + entry["data_offsets"][0])
-            left = memoryview(flat.view(torch.uint8).numpy())
+            left = flat.view(torch.uint8).numpy().data
             while left:  # one call writes 2 GB at most
                 left = left[self._file.write(left) :]
 

@@ -51,7 +51,7 @@ def test_what_stands_many_times_is_counted_not_collected(monkeypatch):
     narrow = selection._Search.narrow
     monkeypatch.setattr(selection._Search, "narrow", lambda self: (sizes.append(len(self.counts)), narrow(self))[1])
     assert kth_smallest(in_tensors(rows), [100_000]).item() == 0.0
-    assert sizes == [], "the sample says it: there is one candidate"
+    assert sizes == [1]
     assert kth_smallest(in_tensors(rows), [180_001]).item() == rows[rows > 0].min()
     assert 0 < max(sizes) <= selection.BINS
 
