@@ -98,6 +98,8 @@ class _Search:
         self._begin()
 
     def _begin(self) -> None:
+        if self.high == 0:
+            self.high = -1  # that is the place of -0, which counts as 0
         self.shift = max(0, (self.high - self.low).bit_length() - BINS.bit_length() + 1)
         self.first_bin, last_bin = self.low >> self.shift, (self.high - 1) >> self.shift
         self.counts, self.below = torch.zeros(last_bin - self.first_bin + 1, dtype=self.counter), 0
