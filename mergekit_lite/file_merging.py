@@ -213,6 +213,9 @@ def _write_own(
             f"{what} does not return the base's tensors: {len(odd)} names differ, such as '{odd[0]}'. It must return "
             "one state dict of this architecture."
         )
+    for name, tensor in merged.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{what} returned '{name}' as a {type(tensor).__name__}, not a tensor.")
     ties = tied_names(merged)
 
     def fitting() -> Iterator[tuple[str, Tensor]]:
@@ -227,9 +230,8 @@ def _write_own(
 def _fitted(name: str, tensor: Tensor, tv: TaskVectors, what: str) -> Tensor:
     """A tensor of a method's own state dict in the base's dtype."""
     shape, dtype = tv.base.shape(name), tv.base.dtype(name)
-    if not isinstance(tensor, Tensor) or tensor.shape != shape:
-        got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{what} returned '{name}' with shape {got}; the base has {tuple(shape)}.")
+    if tensor.shape != shape:
+        raise ValueError(f"{what} returned '{name}' with shape {tuple(tensor.shape)}; the base has {tuple(shape)}.")
     if tensor.is_complex() or tensor.is_floating_point() != dtype.is_floating_point:
         raise ValueError(f"{what} returned '{name}' as {dtype_name(tensor.dtype)}; the base has {dtype_name(dtype)}.")
     if (

@@ -60,14 +60,14 @@ def role_of(name: str, dtype: torch.dtype, names: Iterable[str] = ()) -> Role:
         dtype in (*NARROW, *FLOAT8) and any(f"{name}{end}" in names for end in ("_scale", ".scale"))
     ):
         return "code"
+    if last.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in names:
+        return "mask"
     if not dtype.is_floating_point and not dtype.is_complex:
         if dtype != torch.bool and last in ("weight", "bias", "kernel"):
             return "code"
         return "constant" if dtype in NARROW else "counter"
     if STATISTIC.search(name):
         return "statistic"
-    if last.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in names:
-        return "mask"
     stem = name[:-2]
     if (last.endswith("_g") and f"{stem}_v" in names) or (last.endswith("_v") and f"{stem}_g" in names):
         return "norm pair"

@@ -8,9 +8,10 @@ Sorting costs a hundred times as much as reading, and a copy of each vector besi
    counts up from below leads to the entry at the wanted rank, exactly.
 
 There are few values to be counted, because a float's bits, read as a whole number, are in the float's own order (with
-the negative ones turned around): between two floats that are one per cent apart there are 2^17 others. A wider bracket
-is cut into 2^20 bins and the right one searched again. If the sample misled, the counts show it, and the search goes on
-beside the bracket. The memory is 2^20 counts at most for each vector and rank, however long the vectors are.
+the negative ones turned around): between two floats that are one per cent apart there are 2^17 others. A bracket with
+more than 2^20 is cut into 2^16 bins and the right one searched again. If the sample misled, the counts show it, and the
+search goes on beside the bracket. The memory is 2^20 counts at most for each vector and rank, however long the vectors
+are.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergekit_lite.numerics.precision import computing_dtype
 from mergekit_lite.task_vectors import TaskVectors
 
 SAMPLE = 1 << 16  # entries per vector
 # Half the bracket's width, as a share of all entries. A quantile of the sample misses by .002 at most (one
 # standard deviation, in the middle), so the first bracket fails about once in 500 times.
 MARGIN = 0.006
-BINS = 1 << 20
+BINS = 1 << 20  # values that are counted one by one
+FEW = 1 << 16
 WHOLE = {torch.float32: torch.int32, torch.float64: torch.int64}  # as many bits
 
 
@@ -72,15 +75,24 @@ def kth_smallest(vectors: TaskVectors, ranks: Sequence[int]) -> Tensor:
 
 def _sample(vectors: TaskVectors) -> Tensor:
     """About 2^16 entries of each vector at a regular distance, and its least and its largest, sorted: (K, m)."""
-    step = max(1, vectors.dimension // SAMPLE) | 1  # odd, so as not to fall into step with the widths of layers
-    seen, parts, ends = 0, [], []
+    d = vectors.dimension
+    step = max(1, d // SAMPLE) | 1  # odd, so as not to fall into step with the widths of layers
+    # One block from the start: small ones, made between large pieces, would keep the memory of all pieces in use.
+    sample = torch.empty(len(vectors), -(-d // step) + 2, dtype=_dtype(vectors))
+    sample[:, 0], sample[:, 1] = torch.inf, -torch.inf
+    seen, taken = 0, 2
     for _, piece in vectors.pieces():
-        parts.append(piece[:, -seen % step :: step].clone().cpu())
-        ends.append(torch.stack([piece.amin(1), piece.amax(1)], dim=1).cpu())
-        seen += piece.shape[1]
-    both = torch.cat(ends, dim=1)
-    lowest, highest = both.amin(1, keepdim=True), both.amax(1, keepdim=True)
-    return torch.cat([lowest, *parts, highest], dim=1).sort(dim=1).values
+        part = piece[:, -seen % step :: step]
+        sample[:, taken : taken + part.shape[1]] = part
+        torch.minimum(sample[:, 0], piece.amin(1).to(sample), out=sample[:, 0])
+        torch.maximum(sample[:, 1], piece.amax(1).to(sample), out=sample[:, 1])
+        seen, taken = seen + piece.shape[1], taken + part.shape[1]
+    return sample.sort(dim=1).values
+
+
+def _dtype(vectors: TaskVectors) -> torch.dtype:
+    """float64 if any tensor is."""
+    return max((computing_dtype(vectors.base.dtype(name)) for name in vectors.tensor_names), key=lambda d: d.itemsize)
 
 
 class _Search:
@@ -100,7 +112,9 @@ class _Search:
     def _begin(self) -> None:
         if self.high == 0:
             self.high = -1  # that is the place of -0, which counts as 0
-        self.shift = max(0, (self.high - self.low).bit_length() - BINS.bit_length() + 1)
+        width = self.high - self.low
+        # A bracket that is too wide for a count of each value needs another pass in any case, so a few bins will do.
+        self.shift = 0 if width <= BINS else width.bit_length() - FEW.bit_length() + 1
         self.first_bin, last_bin = self.low >> self.shift, (self.high - 1) >> self.shift
         self.counts, self.below = torch.zeros(last_bin - self.first_bin + 1, dtype=self.counter), 0
         self.bounds = float(_float(self.low, self.dtype)), float(_float(self.high - 1, self.dtype))

@@ -135,7 +135,7 @@ class TaskVectors:
             {n: role for n, role in self._roles.items() if role != "weight" and self._tied_to[n] == n}
         ).count()
         besides = ", ".join(f"{count} {role}{'s' if count > 1 else ''}" for role, count in others.items())
-        tensors = sum(1 for _ in self._float_names())
+        tensors = len(self.tensor_names)
         return (
             f"TaskVectors({', '.join(self.names)}; {tensors} tensors, {self.dimension:,} weights"
             + (f"; besides {besides}" if besides else "")
@@ -145,7 +145,12 @@ class TaskVectors:
     @property
     def dimension(self) -> int:
         """d, the number of weights in one task vector."""
-        return sum(self.base.shape(name).numel() for name in self._float_names())
+        return sum(self.base.shape(name).numel() for name in self.tensor_names)
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """The names of the tensors of weights, in the base's order; of tied ones the first."""
+        return [name for name, role in self._roles.items() if role == "weight" and self._tied_to[name] == name]
 
     def role(self, name: str) -> Role:
         """What a tensor is for (`mergekit_lite.roles`), as its name, its dtype and its neighbours show it.
@@ -169,7 +174,7 @@ class TaskVectors:
         ``theta0`` has the tensor's shape and ``taus`` has shape (K, *shape); both are float32
         (float64 for float64 weights). ``theta0`` may share memory with the base: do not change it.
         """
-        for name in self._float_names():
+        for name in self.tensor_names:
             theta0 = self._theta0(name)
             yield name, theta0, self._taus(name, theta0)
 
@@ -298,7 +303,7 @@ class TaskVectors:
         """
         if vector.shape != (self.dimension,):
             raise ValueError(f"expected a vector of {self.dimension} weights, got shape {tuple(vector.shape)}.")
-        names = list(self._float_names())
+        names = self.tensor_names
         parts = vector.split([self.base.shape(name).numel() for name in names])
         lookup = dict(zip(names, parts, strict=True))
         return self.map_pieces(lambda place, taus: lookup[place.name][place.start :][: taus.shape[1]])
@@ -382,7 +387,7 @@ class TaskVectors:
         """Yield ``(place, theta0, taus)``, of shapes (n,) and (K, n), checked and transformed."""
         transformed_whole = not all(by_pieces for _, by_pieces in self._functions)
         room: Tensor | None = None  # the memory of one piece, used for all of them
-        for name in self._float_names() if names is None else names:
+        for name in self.tensor_names if names is None else names:
             weights, device = self.base.shape(name).numel(), self.base.device(name)
             if transformed_whole:
                 whole = self._theta0(name)
@@ -466,9 +471,6 @@ class TaskVectors:
         """Names for error messages: those of the sources, which `transform` may have renamed."""
         known = len(self.names) == len(self._experts)
         return self.names if known else [f"expert {k}" for k in range(len(self._experts))]
-
-    def _float_names(self) -> Iterator[str]:
-        return (name for name, role in self._roles.items() if role == "weight" and self._tied_to[name] == name)
 
     def _position(self, item: int | str) -> int:
         if isinstance(item, str):

@@ -191,9 +191,9 @@ def atomic_path(path: PathLike, *, folder: bool = False) -> Iterator[Path]:
     path = Path(path)
     check_place(path, folder=folder)
     with temporary_place(path.parent, folder=folder) as temporary:
+        yield temporary
         if path.is_file():
             shutil.copymode(path, temporary)
-        yield temporary
         for file in temporary.iterdir() if folder else [temporary]:
             _to_disk(file)
         os.replace(temporary, path)

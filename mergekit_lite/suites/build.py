@@ -25,8 +25,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from mergekit_lite.checkpoints import SafetensorsFile, StateDict, atomic_path, save
+from mergekit_lite.checkpoints import atomic_path, save
 from mergekit_lite.suites.finetune import finetune
+from mergekit_lite.suites.npz import load_npz
 from mergekit_lite.suites.pocket import (
     BACKBONE,
     POCKET8_HELD_OUT,
@@ -37,14 +38,13 @@ from mergekit_lite.suites.pocket import (
     heads_to_tensors,
     load_suite,
     read_float32,
-    read_recipe,
-    sha256,
 )
 from mergekit_lite.suites.recipe import Recipe
+from mergekit_lite.suites.records import check_listed, digest_of, digest_of_tensors, is_finished, read_facts
 from mergekit_lite.suites.suite import Suite
-from mergekit_lite.suites.tasks import load_npz
 from mergekit_lite.suites.variants import VARIANTS, add_noise, calibrate
 from mergekit_lite.suites.vision import build_backbone, import_timm
+from mergekit_lite.types import StateDict
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Build the suites.")
 
@@ -84,10 +84,16 @@ def pretrained(
 
 
 def build(recipe: Recipe, seed: int, folder: Path, device: str = "cpu") -> Suite:
-    """Train what is missing of one seed, measure it, and write it into `folder`."""
-    if folder.resolve() != (SUITES / "pocket8").resolve():
-        shutil.copytree(SUITES / "pocket8" / "images", folder / "images", dirs_exist_ok=True)
-        shutil.copy(SUITES / "pocket8" / "base.safetensors", folder)
+    """Train what is missing of one seed, measure it, and write it into `folder`.
+
+    Raises:
+        CheckpointError: an expert that is there, or a file of pocket8 that is needed, is damaged.
+    """
+    home = SUITES / "pocket8"
+    if folder.resolve() != home.resolve():
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        for file in ["base.safetensors", *(f"images/{task}.npz" for task in (*POCKET8_TASKS, *POCKET8_HELD_OUT))]:
+            shutil.copy(check_listed(home, file), folder / file)
     model = build_backbone(BACKBONE, stages=STAGES)
     model.load_state_dict(read_float32(folder / "base.safetensors"))
     tasks, held_out = (
@@ -96,13 +102,17 @@ def build(recipe: Recipe, seed: int, folder: Path, device: str = "cpu") -> Suite
     suite = Suite.from_tasks("pocket8", model, tasks, recipe, held_out=held_out, seed=seed, device=device)
     save(heads_to_tensors(suite.heads), folder / "heads.safetensors", {"recipe": json.dumps(asdict(recipe))})
     for task in POCKET8_TASKS:
-        suite.experts[task] = _expert(suite, task, folder / f"seed{seed}" / f"{task}.safetensors")
+        suite.experts[task] = _expert(suite, task, folder)
     _write_facts(suite, folder)
     return suite
 
 
 def build_variant(name: str, seed: int, folder: Path, trained: Sequence[str] | None = None) -> Suite:
-    """Train what is missing of one seed of a variant (its usual experts, or those named), measure and write it."""
+    """Train what is missing of one seed of a variant (its usual experts, or those named), measure and write it.
+
+    Raises:
+        CheckpointError: an expert that is there, or a file of the parent, is damaged.
+    """
     chosen = VARIANTS[name]
     parent = load_suite(chosen.parent, device="cpu")
     tasks = {task: parent.task(task) for task in chosen.tasks or parent.tasks}
@@ -121,7 +131,7 @@ def build_variant(name: str, seed: int, folder: Path, trained: Sequence[str] | N
         suite.heads = Suite.from_tasks(name, suite.model, tasks.values(), suite.recipe, device="cpu").heads
         save(heads_to_tensors(suite.heads), folder / "heads.safetensors")
     for task in trained or chosen.trained.get(seed, chosen.trained[0]):
-        suite.experts[task] = _expert(suite, task, folder / f"seed{seed}" / f"{task}.safetensors")
+        suite.experts[task] = _expert(suite, task, folder)
     _write_facts(suite, folder, parent=chosen.parent, noise=chosen.noise)
     return suite
 
@@ -147,14 +157,19 @@ def trunk_from_pretrained(weights: Path) -> StateDict:
     return {name: renamed.get(name, tensor) for name, tensor in trunk.items()}
 
 
-def _expert(suite: Suite, task: str, path: Path) -> StateDict:
+def _expert(suite: Suite, task: str, folder: Path) -> StateDict:
     """Train one expert, or read it if it was trained with this very recipe before."""
-    recipe = json.dumps(asdict(suite.recipe))
-    if path.exists() and read_recipe(json.loads(SafetensorsFile(path).metadata.get("recipe", "{}"))) == suite.recipe:
-        return read_float32(path)
-    expert = finetune(suite, task, seed=suite.seed)
-    save(half(expert), path, {"task": task, "seed": str(suite.seed), "recipe": recipe, **_versions()})
+    name = f"seed{suite.seed}/{task}.safetensors"
+    path, made = folder / name, {"task": task, "seed": str(suite.seed), **_versions()}
+    if not path.exists() or not is_finished(path, made, suite.recipe, _listed(folder).get(name)):
+        expert = half(finetune(suite, task, seed=suite.seed))
+        save(expert, path, {**made, "recipe": json.dumps(asdict(suite.recipe)), "tensors": digest_of_tensors(expert)})
     return read_float32(path)  # what is evaluated is what is shipped
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """The checksums in a folder's ``suite.json``; none before the first build is finished."""
+    return read_facts(folder).get("sha256", {}) if (folder / "suite.json").exists() else {}
 
 
 def _versions() -> dict[str, str]:
@@ -181,6 +196,13 @@ def _write_facts(suite: Suite, folder: Path, **more: Any) -> None:
     }
     _write_json(measured, folder / f"seed{suite.seed}" / "accuracy.json")
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("seed*/*.safetensors"), *folder.glob("images/*.npz")])
+    # Another seed's experts were measured by another build. Were they damaged since, their new checksum would hide it.
+    others = {
+        name: digest
+        for name, digest in _listed(folder).items()
+        if name.startswith("seed") and not name.startswith(f"seed{suite.seed}/") and (folder / name).parent.is_dir()
+    }
+    names = [file.relative_to(folder).as_posix() for file in files if not file.name.startswith(".")]
     facts = {
         "name": suite.name,
         **{key: value for key, value in more.items() if value},
@@ -189,7 +211,7 @@ def _write_facts(suite: Suite, folder: Path, **more: Any) -> None:
         "backbone": {"name": BACKBONE, "stages": STAGES},
         "recipe": asdict(suite.recipe),
         "versions": _versions(),
-        "sha256": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
+        "sha256": {name: digest_of(folder / name) for name in names} | others,
     }
     _write_json(facts, folder / "suite.json")
 

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mergekit_lite.checkpoints import StateDict
 from mergekit_lite.linearization import Linearized
 from mergekit_lite.suites.speed import keep_freed_memory, one_thread
-from mergekit_lite.suites.tasks import Split
+from mergekit_lite.suites.splits import Split
+from mergekit_lite.types import StateDict
 
 if TYPE_CHECKING:
     from mergekit_lite.suites.suite import Suite

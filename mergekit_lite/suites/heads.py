@@ -21,6 +21,7 @@ to merge models whose tasks have different classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,35 @@ class CosineHead:
     def to(self, device: torch.device) -> CosineHead:
         """The same head on another device."""
         return CosineHead(self.centre.to(device), self.directions.to(device), self.temperature)
+
+
+def make_heads(
+    examples: Mapping[str, tuple[Tensor, Tensor]], merged: Iterable[str], centre: str, temperature: float
+) -> dict[str, CosineHead]:
+    """A head per task, from a few examples of each of its classes.
+
+    Args:
+        examples: by task, features (N, c) and labels (N,).
+        merged: names of the tasks whose means make the shared centre.
+        centre: {"shared", "task", "none"}: the mean of the merged tasks' means, the task's own mean, or zero.
+        temperature: of the heads.
+
+    Raises:
+        ValueError: another centre, or a class without an example.
+    """
+    means = {name: features.mean(0) for name, (features, _) in examples.items()}
+    shared = torch.stack([means[name] for name in merged]).mean(0)
+    centres = {
+        "shared": dict.fromkeys(means, shared),
+        "task": means,
+        "none": dict.fromkeys(means, torch.zeros_like(shared)),
+    }
+    if centre not in centres:
+        raise ValueError(f"centre must be one of {', '.join(centres)}; got '{centre}'.")
+    return {
+        name: CosineHead(centres[centre][name], class_directions(features, labels), temperature)
+        for name, (features, labels) in examples.items()
+    }
 
 
 def class_directions(features: Tensor, labels: Tensor) -> Tensor:

@@ -13,23 +13,48 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mergekit_lite.checkpoints import PathLike, StateDict, load
+from mergekit_lite.checkpoints import load
 from mergekit_lite.suites.heads import CosineHead
-from mergekit_lite.suites.recipe import Recipe
+from mergekit_lite.suites.npz import load_npz
+from mergekit_lite.suites.records import (
+    Stamp,
+    check_listed,
+    damaged,
+    is_plain,
+    read_accuracies,
+    read_facts,
+    read_recipe,
+    sha256,
+    stamp,
+)
+from mergekit_lite.suites.splits import Task
 from mergekit_lite.suites.suite import Suite
-from mergekit_lite.suites.tasks import Task, load_npz
 from mergekit_lite.suites.variants import add_noise
 from mergekit_lite.suites.vision import build_backbone, pick_device
+from mergekit_lite.types import CheckpointError, PathLike, StateDict
+
+__all__ = [
+    "BACKBONE",
+    "POCKET8_HELD_OUT",
+    "POCKET8_TASKS",
+    "STAGES",
+    "SUITES",
+    "find",
+    "half",
+    "heads_to_tensors",
+    "load_heads",
+    "load_suite",
+    "read_float32",
+    "read_recipe",
+    "sha256",
+]
 
 SUITES = Path(__file__).parent
 POCKET8_TASKS = ("mnist", "fashion", "photo_digits", "letters", "scripts", "emoji_category", "icon_family", "textures")
@@ -55,62 +80,101 @@ def load_suite(name: PathLike = "pocket8", *, seed: int = 0, device: str = "auto
 
     Raises:
         ValueError: there is no such suite or seed; the message lists those there are.
+        CheckpointError: a file is missing, damaged, or not the one that was measured; the message names it.
     """
     folder = Path(name) if (Path(name) / "suite.json").is_file() else SUITES / name
     if not (folder / "suite.json").is_file():
         there = ", ".join(sorted(path.parent.name for path in SUITES.glob("*/suite.json")))
         raise ValueError(f"no suite named '{name}'; there is {there}. Build your own with Suite.from_folders.")
-    facts = json.loads((folder / "suite.json").read_text())
+    facts = read_facts(folder)
+    for key in ("tasks", "held_out", "recipe", "sha256"):
+        if key not in facts:
+            raise damaged(folder / "suite.json", f"it has no '{key}'")
     if not (folder / f"seed{seed}").is_dir():
         there = ", ".join(sorted(path.name.removeprefix("seed") for path in folder.glob("seed*")))
         raise ValueError(f"'{name}' has no experts of seed {seed}; there are the seeds {there}.")
     where = pick_device(device)
-    model = build_backbone(BACKBONE, stages=STAGES)
-    model.load_state_dict(read_float32(find(folder, "base.safetensors")))
-    recipe = read_recipe(facts["recipe"])
+    recipe = read_recipe(facts["recipe"], folder / "suite.json")
 
     def images(names: Iterable[str]) -> dict[str, Task]:
-        return {task: _images(find(folder, f"images/{task}.npz"), facts.get("noise", 0.0)) for task in names}
+        paths = {task: find_checked(folder, f"images/{task}.npz") for task in names}
+        return {task: _images(path, stamp(path), facts.get("noise", 0.0)) for task, path in paths.items()}
 
     suite = Suite(
         facts["name"],
-        model.to(where),
+        _backbone(find_checked(folder, "base.safetensors")).to(where),
         images(facts["tasks"]),
-        load_heads(find(folder, "heads.safetensors"), recipe.temperature, where),
+        load_heads(find_checked(folder, "heads.safetensors"), recipe.temperature, where),
         recipe,
         held_out=images(facts["held_out"]),
         seed=seed,
-        recorded=json.loads((folder / f"seed{seed}" / "accuracy.json").read_text()),
+        recorded=read_accuracies(folder / f"seed{seed}" / "accuracy.json"),
         device=where,
     )
+    for task in [*suite.tasks, *suite.held_out]:
+        if task not in suite.heads:
+            raise damaged(folder / "suite.json", f"there is no head for its task '{task}'")
     for task in suite.tasks:
-        if (path := folder / f"seed{seed}" / f"{task}.safetensors").is_file():
-            suite.experts[task] = {key: tensor.to(where) for key, tensor in read_float32(path).items()}
+        file = f"seed{seed}/{task}.safetensors"
+        if file in facts["sha256"] or (folder / file).exists():  # not every seed has an expert of every task
+            state = read_float32(check_listed(folder, file))
+            suite.experts[task] = {key: tensor.to(where) for key, tensor in state.items()}
     return suite
 
 
 def find(folder: Path, name: str) -> Path:
     """The file of a suite, or of the suite that it inherits from.
 
+    Args:
+        folder: of the suite.
+        name: of the file in it, such as ``"images/mnist.npz"``.
+
     Raises:
         FileNotFoundError: neither has it.
+        CheckpointError: `name` leads out of the folder, or a ``suite.json`` is damaged or its parents go in a circle.
     """
+    if not all(map(is_plain, name.split("/"))):
+        raise CheckpointError(f"'{name}' is not the name of a file in the suite's folder '{folder}'.")
+    seen = {folder.resolve()}
     while not (folder / name).is_file():
-        facts = json.loads((folder / "suite.json").read_text())
+        facts, described = read_facts(folder), folder / "suite.json"
         if "parent" not in facts:
-            raise FileNotFoundError(f"the suite '{facts['name']}' has no file '{name}'.")
+            raise FileNotFoundError(f"the suite '{facts['name']}' has no file '{name}' (in '{folder}').")
         folder = SUITES / facts["parent"]
+        if folder.resolve() in seen:
+            raise damaged(described, f"its parent '{facts['parent']}' leads back to where the search came from")
+        if not (folder / "suite.json").is_file():
+            raise damaged(described, f"there is no suite '{facts['parent']}' to be its parent")
+        seen.add(folder.resolve())
     return folder / name
+
+
+def find_checked(folder: Path, name: str) -> Path:
+    """As `find`, and the file is the one that the ``suite.json`` beside it lists.
+
+    Raises:
+        CheckpointError: as `find`; or the file is missing, not listed, or another one than is listed.
+    """
+    try:
+        home = find(folder, name).parents[name.count("/")]
+    except FileNotFoundError as problem:
+        raise CheckpointError(f"{problem} Copy or build the suite again.") from problem
+    return check_listed(home, name)
+
+
+def _backbone(path: Path) -> nn.Module:
+    """The trunk with the weights of a file."""
+    model = build_backbone(BACKBONE, stages=STAGES)
+    try:
+        model.load_state_dict(read_float32(path))
+    except RuntimeError as problem:  # names or shapes of another network
+        raise damaged(path, str(problem)) from problem
+    return model
 
 
 def read_float32(path: PathLike) -> StateDict:
     """A shipped checkpoint, stored in half precision, as float32 (integers as they are)."""
     return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in load(path).items()}
-
-
-def read_recipe(numbers: Mapping[str, Any]) -> Recipe:
-    """A recipe that was written as JSON; what it does not mention has its default."""
-    return Recipe().but(**{k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()})
 
 
 def half(state: Mapping[str, Tensor]) -> StateDict:
@@ -125,19 +189,23 @@ def heads_to_tensors(heads: Mapping[str, CosineHead]) -> StateDict:
 
 
 def load_heads(path: PathLike, temperature: float, device: torch.device) -> dict[str, CosineHead]:
-    """The heads written by `heads_to_tensors`."""
+    """The heads written by `heads_to_tensors`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or holds something else.
+    """
     tensors = load(path)
     tasks = dict.fromkeys(key.rsplit(".", 1)[0] for key in tensors)
-    return {t: CosineHead(tensors[f"{t}.centre"], tensors[f"{t}.directions"], temperature).to(device) for t in tasks}
-
-
-def sha256(path: PathLike) -> str:
-    """The checksum of a file, as `sha256sum` prints it."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    parts = {task: [tensors.get(f"{task}.{part}") for part in ("centre", "directions")] for task in tasks}
+    heads = {}
+    for task, (centre, directions) in parts.items():
+        if centre is None or directions is None or directions.shape[1:] != centre.shape:
+            raise damaged(path, f"it does not hold a centre (c,) and directions (classes, c) for '{task}'")
+        heads[task] = CosineHead(centre, directions, temperature).to(device)
+    return heads
 
 
 @cache
-def _images(path: Path, noise: float) -> Task:
+def _images(path: Path, state: Stamp, noise: float) -> Task:
     """Images are decompressed once per process and shared by all suites: nobody changes them."""
     return add_noise(load_npz(path), noise) if noise else load_npz(path)

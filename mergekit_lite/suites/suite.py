@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mergekit_lite.calibrated import Curvature, diagonal_fisher, input_grams, kfac
-from mergekit_lite.checkpoints import PathLike, StateDict
 from mergekit_lite.linearization import Linearized
-from mergekit_lite.suites.heads import CosineHead, class_directions, few_per_class
+from mergekit_lite.suites.evaluation import Evaluation, compare
+from mergekit_lite.suites.folders import list_of_folders, load_folder
+from mergekit_lite.suites.heads import CosineHead, few_per_class, make_heads
+from mergekit_lite.suites.networks import in_inference_mode, sum_of_gradients
+from mergekit_lite.suites.preparation import as_inputs, recipe_for
 from mergekit_lite.suites.recipe import Recipe
 from mergekit_lite.suites.speed import keep_freed_memory, one_thread
-from mergekit_lite.suites.tasks import Split, Task, load_folder
+from mergekit_lite.suites.splits import Split, Task, names_asked
 from mergekit_lite.suites.vision import build_backbone, pick_device
 from mergekit_lite.task_vectors import TaskVectors
+from mergekit_lite.types import PathLike, StateDict
 
 if TYPE_CHECKING:
     import pandas as pd
+
+__all__ = ["EVALUATION_BATCH", "Evaluation", "Suite", "Weights", "WeightsByTask", "compare"]
 
 # One set of weights for all tasks (the base's, if None), and one for each task.
 Weights = Mapping[str, Tensor] | nn.Module | None
@@ -33,63 +39,7 @@ WeightsByTask = Mapping[str, StateDict]
 # Images evaluated at a time; more of them are no faster and need more memory.
 EVALUATION_BATCH = 50
 
-
-@dataclass(frozen=True)
-class Evaluation(Mapping[str, float]):
-    """Accuracy per task; a mapping from task names to shares of images classified correctly.
-
-    Attributes:
-        accuracy: per task, in [0, 1].
-        experts: the accuracy of each task's own expert on the same images, where it is known.
-        split: the images it was measured on.
-    """
-
-    accuracy: dict[str, float]
-    experts: dict[str, float] = field(default_factory=dict)
-    split: str = "test"
-
-    def __getitem__(self, task: str) -> float:
-        return self.accuracy[task]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.accuracy)
-
-    def __len__(self) -> int:
-        return len(self.accuracy)
-
-    @property
-    def average(self) -> float:
-        """The mean accuracy over the tasks."""
-        return sum(self.accuracy.values()) / len(self.accuracy)
-
-    @property
-    def normalised(self) -> float:
-        """The mean over the tasks of accuracy / the expert's accuracy (NaN where none is known)."""
-        if not set(self.accuracy) <= set(self.experts):
-            return float("nan")
-        return sum(self.accuracy[t] / self.experts[t] for t in self.accuracy) / len(self.accuracy)
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row: a column per task, then the average and the normalised average."""
-        return compare({self.split: self})
-
-    def __repr__(self) -> str:
-        tasks = ", ".join(f"{task} {value:.3f}" for task, value in self.accuracy.items())
-        return f"{self.split}: average {self.average:.3f} ({tasks})"
-
-    def _repr_html_(self) -> str:
-        return str(self.to_frame().style.format("{:.3f}", na_rep="").to_html())
-
-
-def compare(evaluations: Mapping[str, Evaluation]) -> pd.DataFrame:
-    """Evaluations as one table: a row each, a column per task, then average and normalised average."""
-    import pandas as pd
-
-    rows = {
-        name: {**evaluation.accuracy, "average": evaluation.average, "normalised": evaluation.normalised}
-        for name, evaluation in evaluations.items()
-    }
-    return pd.DataFrame.from_dict(rows, orient="index").dropna(axis="columns", how="all")
+T = TypeVar("T")
 
 
 def _is_by_task(state: Weights | WeightsByTask) -> TypeGuard[WeightsByTask]:
@@ -160,23 +110,34 @@ class Suite:
         return model
 
     def prepare(self, images: Tensor) -> Tensor:
-        """uint8 images (N, 1 or 3, H, W) as the backbone's input: (N, 3, resolution, resolution) in [-1, 1]."""
-        size = (self.recipe.resolution, self.recipe.resolution)
-        pixels = images.to(self.device).float() / 127.5 - 1
-        if pixels.shape[-2:] != size:
-            pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False)
-        return pixels.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        """uint8 images (N, 1 or 3, H, W) as the backbone's input: floats (N, 3, resolution, resolution)."""
+        return as_inputs(images.to(self.device), self.recipe)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def features(self, model: nn.Module, split: Split) -> Tensor:
-        """Features (N, c) of all images of a split."""
+        """Features (N, c) of all images of a split, of which there is one at least; the model is left as it was."""
         keep_freed_memory()
-        with one_thread():
+        with one_thread(), in_inference_mode(model):
             return torch.cat([model(self.prepare(batch.images)) for batch in split.batches(EVALUATION_BATCH)])
 
     def logits(self, model: nn.Module, task: str, split: Split) -> Tensor:
-        """Logits (N, classes of the task) of all images of a split."""
-        return self.heads[task](self.features(model, split))
+        """Logits (N, classes of the task) of all images of a split.
+
+        Raises:
+            ValueError: the features are not finite; the message names the task.
+        """
+        return self._read(task, self.features(model, split))
+
+    def _read(self, task: str, features: Tensor) -> Tensor:
+        """What a task's head makes of features, if these are numbers at all."""
+        logits = self.heads[task](features)
+        if not torch.isfinite(features).all() or not torch.isfinite(logits).all():
+            raise ValueError(
+                f"the network's answers to the images of '{task}' are not finite (NaN or infinite features). "
+                "Its weights have diverged, or a normalisation layer's running variance became negative in merging: "
+                "look at the weights, or merge with a smaller scale."
+            )
+        return logits
 
     # ---------------------------------------------------------------- evaluation
 
@@ -199,13 +160,15 @@ class Suite:
         Raises:
             RuntimeError: the state dict does not fit the backbone.
             KeyError: there is no such task, or `state` has weights for other tasks only.
-            ValueError: there is no such split.
+            ValueError: there is no such split, it has no images, or the network's features of them are not finite.
         """
-        accuracy = {}
-        for name, model in self._models(state, self.tasks if tasks is None else tasks):
-            images = self.task(name).split(split)
-            accuracy[name] = (self.predict(model, name, split=split) == images.labels).float().mean().item()
-        return Evaluation(accuracy, self.recorded.get(split, {}).get("experts", {}), split)
+
+        def accuracy(name: str, model: nn.Module) -> float:
+            images = self._images(name, split)
+            return (self._predict(name, model, images) == images.labels).float().mean().item()
+
+        experts = self.recorded.get(split, {}).get("experts", {})
+        return Evaluation(self._each(state, names_asked(tasks, self.tasks), accuracy), experts, split)
 
     def predict(self, state: Weights | WeightsByTask, task: str, *, split: str = "test") -> Tensor:
         """The class that one set of weights predicts for every image of a task's split, shape (N,), on the CPU.
@@ -213,8 +176,11 @@ class Suite:
         Raises:
             As `evaluate`.
         """
-        ((_, model),) = self._models(state, [task])
-        return self.logits(model, task, self.task(task).split(split)).argmax(1).cpu()
+        images = self._images(task, split)
+        return self._each(state, [task], lambda name, model: self._predict(name, model, images))[task]
+
+    def _predict(self, task: str, model: nn.Module, images: Split) -> Tensor:
+        return self.logits(model, task, images).argmax(1).cpu()
 
     def losses(
         self,
@@ -224,12 +190,13 @@ class Suite:
         tasks: Iterable[str] | None = None,
     ) -> dict[str, float]:
         """Mean cross-entropy (in nats) per task; arguments and errors are those of `evaluate`."""
-        losses = {}
-        for name, model in self._models(state, self.tasks if tasks is None else tasks):
-            images = self.task(name).split(split)
+
+        def loss(name: str, model: nn.Module) -> float:
+            images = self._images(name, split)
             logits = self.logits(model, name, images)
-            losses[name] = F.cross_entropy(logits, images.labels.to(logits.device)).item()
-        return losses
+            return F.cross_entropy(logits, images.labels.to(logits.device)).item()
+
+        return self._each(state, names_asked(tasks, self.tasks), loss)
 
     def gradient(
         self,
@@ -241,6 +208,9 @@ class Suite:
     ) -> StateDict:
         """The gradient of a task's mean loss by the weights, at one set of weights: by parameter name.
 
+        A module is left as it was, the gradients in it included. Parameters that are frozen
+        (``requires_grad=False``) or do not matter to the loss have no gradient.
+
         Args:
             state: as for `evaluate`.
             task: a task's name.
@@ -248,17 +218,28 @@ class Suite:
             loss: ``loss(logits, labels)``, a mean over images; by default the cross-entropy in nats.
 
         Raises:
-            As `evaluate`.
+            As `evaluate`, and ValueError: every parameter is frozen.
         """
-        ((_, model),) = self._models(state, [task])
-        images = self.task(task).split(split)
-        keep_freed_memory()
-        with one_thread(), torch.enable_grad():
+        images = self._images(task, split)
+
+        def parts(model: nn.Module) -> Iterator[Tensor]:
             for batch in images.batches(EVALUATION_BATCH):
-                logits = self.heads[task](model(self.prepare(batch.images)))
-                part = loss(logits, batch.labels.to(logits.device)) * len(batch.labels) / len(images)
-                part.backward()  # gradients add up over the batches
-        return {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
+                logits = self._read(task, model(self.prepare(batch.images)))
+                yield loss(logits, batch.labels.to(logits.device)) * len(batch.labels) / len(images)
+
+        def gradient(name: str, model: nn.Module) -> StateDict:
+            keep_freed_memory()
+            with one_thread(), in_inference_mode(model):
+                return sum_of_gradients(model, parts(model))
+
+        return self._each(state, [task], gradient)[task]
+
+    def _images(self, task: str, split: str) -> Split:
+        """The images that a task is measured on."""
+        images = self.task(task).split(split)
+        if not len(images):
+            raise ValueError(f"'{task}' has no {split} images, so there is nothing to measure.")
+        return images
 
     def calibration(
         self, task: str, images: int = 100, *, split: str = "train", batch: int = 25, seed: int = 0
@@ -314,40 +295,62 @@ class Suite:
         gathered = {}
         with one_thread():
             for name in tqdm(self.task_vectors.names, desc=f"curvature ({kind})", disable=None if progress else True):
-                model, batches = self._as_module(self.experts[name]), self.calibration(name, images, seed=seed)
-                if kind == "inputs":
-                    gathered[name] = input_grams(model, batches, **options)
-                else:
-                    gather = kfac if kind == "kfac" else diagonal_fisher
-                    gathered[name] = gather(model, batches, head=self.heads[name], **options)
+                batches = self.calibration(name, images, seed=seed)
+                with self._network(self.experts[name]) as model:
+                    if kind == "inputs":
+                        gathered[name] = input_grams(model, batches, **options)
+                    else:
+                        gather = kfac if kind == "kfac" else diagonal_fisher
+                        gathered[name] = gather(model, batches, head=self.heads[name], **options)
         return gathered
 
-    def _models(self, state: Weights | WeightsByTask, tasks: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
-        """Each task and the network that answers it, to be used before the next one is asked for."""
-        if _is_by_task(state):
-            for task in tasks:
-                self.task(task)  # says if there is no such task at all
-                if task not in state:
-                    raise KeyError(f"no weights for the task '{task}'; there are some for {', '.join(state)}.")
-                yield task, self._as_module(state[task])
-        else:
-            model = self._as_module(cast("Weights", state))
-            yield from ((task, model) for task in tasks)
+    def _each(
+        self, state: Weights | WeightsByTask, tasks: Iterable[str], measure: Callable[[str, nn.Module], T]
+    ) -> dict[str, T]:
+        """``measure(task, network)`` for each task and the network that answers it: by task."""
+        if not _is_by_task(state):
+            with self._network(cast("Weights", state)) as model:
+                return {task: measure(task, model) for task in tasks}
+        measured = {}
+        for task in tasks:
+            self.task(task)  # says if there is no such task at all
+            if task not in state:
+                raise KeyError(f"no weights for the task '{task}'; there are some for {', '.join(state)}.")
+            with self._network(state[task]) as model:
+                measured[task] = measure(task, model)
+        return measured
 
-    def _as_module(self, state: Weights) -> nn.Module:
-        """The network with these weights, in inference mode: linearised, if the suite's experts were trained so."""
+    @contextmanager
+    def _network(self, state: Weights) -> Iterator[nn.Module]:
+        """The network with these weights: linearised, if the suite's experts were trained so.
+
+        Weights are loaded into a copy of the backbone, as copying takes longer than that. A copy in use is nobody
+        else's: several threads can measure at once, each in a copy of its own.
+        """
         if isinstance(state, nn.Module):
-            return state.eval()
-        if self.recipe.tangent and state is not None:
-            return Linearized(self.model, state)
-        self._bench.load_state_dict(self.base if state is None else state)
-        self._bench.zero_grad(set_to_none=True)
-        return self._bench
+            yield state
+        elif self.recipe.tangent and state is not None:
+            yield Linearized(self.model, state)
+        else:
+            try:
+                copied = self._copies.pop()
+            except IndexError:
+                copied = self.build().eval()
+            try:
+                copied.load_state_dict(self.base if state is None else state)
+                yield copied
+            finally:
+                copied.zero_grad()
+                self._copies.append(copied)
 
     @cached_property
-    def _bench(self) -> nn.Module:
-        """One copy of the backbone into which weights are loaded to be measured; copying takes longer than that."""
-        return self.build().eval()
+    def _copies(self) -> list[nn.Module]:
+        """Copies of the backbone that nobody uses at the moment."""
+        return []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is sent to other processes and copied: everything but the spare copies of the backbone."""
+        return {name: value for name, value in self.__dict__.items() if name != "_copies"}
 
     def evaluate_experts(self, *, split: str = "test") -> Evaluation:
         """Each expert on its own task: the ceiling that merges are measured against."""
@@ -388,7 +391,7 @@ class Suite:
         def few(split: Split) -> Split:
             return split[torch.randperm(len(split), generator=generator)[:images].sort().values]
 
-        wanted = {self.task(name).name for name in (self.tasks if tasks is None else tasks)}
+        wanted = {self.task(name).name for name in names_asked(tasks, self.tasks)}
         kept = [task for name, task in self.tasks.items() if name in wanted]
         smaller = {
             task.name: replace(task, train=few(task.train), validation=few(task.validation), test=few(task.test))
@@ -426,7 +429,10 @@ class Suite:
         Raises:
             ValueError: there is no such split.
         """
-        return {name: self.prepare(task.split(split).images) for name, task in self.tasks.items()}
+        return {
+            name: torch.cat([self.prepare(batch.images) for batch in task.split(split).batches(EVALUATION_BATCH)])
+            for name, task in self.tasks.items()
+        }
 
     # ---------------------------------------------------------------- making a suite
 
@@ -473,21 +479,8 @@ class Suite:
         examples = {}
         for name, task in {**self.tasks, **self.held_out}.items():
             few = task.train[few_per_class(task.train.labels, self.recipe.shots, generator)]
-            examples[name] = (self.features(self.model, few).clone(), few.labels.to(self.device))
-        means = {name: features.mean(0) for name, (features, _) in examples.items()}
-        shared = torch.stack([means[name] for name in self.tasks]).mean(0)
-        centres = {
-            "shared": dict.fromkeys(means, shared),
-            "task": means,
-            "none": dict.fromkeys(means, torch.zeros_like(shared)),
-        }
-        if self.recipe.centre not in centres:
-            raise ValueError(f"centre must be one of {', '.join(centres)}; got '{self.recipe.centre}'.")
-        centre = centres[self.recipe.centre]
-        return {
-            name: CosineHead(centre[name], class_directions(features, labels), self.recipe.temperature)
-            for name, (features, labels) in examples.items()
-        }
+            examples[name] = (self.features(self.model, few), few.labels.to(self.device))
+        return make_heads(examples, self.tasks, self.recipe.centre, self.recipe.temperature)
 
     @classmethod
     def from_folders(
@@ -505,25 +498,31 @@ class Suite:
         """A suite of your own: folders of images and any timm backbone.
 
         Args:
-            folders: one folder per task, each ``<task>/{train,test}/<class>/<image>``; a
-                ``validation`` folder is used if there is one, else a fifth of the training images.
-            backbone: a timm model's name, or a module from images (N, 3, H, W) to features (N, c).
+            folders: list of folders, one per task, each ``<task>/{train,test}/<class>/<image>``; a
+                ``validation`` (or ``val``) folder is used if there is one, else a fifth of the training images.
+                Small tasks are kept in memory, large ones are read from disk as they are needed.
+            backbone: a timm model's name, or a module from images (N, 3, H, W) to features (N, c). A module is copied.
             pretrained: let timm load pre-trained weights (needs a network). Merging from a random base
                 is possible, and fails in instructive ways.
-            recipe: how to prepare images, make heads and train experts; by default pocket8's.
+            recipe: how to prepare images, make heads and train experts; by default pocket8's, but with images prepared
+                as timm says the backbone wants them. Where a recipe does not say `mean`, `std` or `interpolation`,
+                they are the backbone's, too.
             name: of the suite.
             seed: of the fine-tuning.
             device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
-            **recipe_options: changes to the recipe, such as ``resolution=224`` or ``steps=1000``.
+            **recipe_options: changes to the recipe, such as ``resolution=224``, ``steps=1000`` or ``mean=(0, 0, 0)``.
 
         Raises:
             FileNotFoundError, ValueError: a folder that is not laid out like this; the message says where.
+            TypeError: one folder instead of a list of folders.
         """
-        recipe = (recipe or Recipe()).but(**recipe_options)
-        tasks = [load_folder(folder, recipe.resolution) for folder in map(Path, folders)]
-        if not tasks:
-            raise ValueError("no folders given: a suite needs at least one task.")
+        paths = list_of_folders(folders)
+        if isinstance(backbone, str):
+            model = build_backbone(backbone, pretrained=pretrained)
+        else:
+            model = copy.deepcopy(backbone)
+        given = recipe_for(model, recipe, recipe_options)
+        tasks = [load_folder(path, given.resolution, interpolation=str(given.interpolation)) for path in paths]
         if len({task.name for task in tasks}) < len(tasks):
             raise ValueError(f"two folders have the same name: {', '.join(task.name for task in tasks)}.")
-        model = build_backbone(backbone, pretrained=pretrained) if isinstance(backbone, str) else backbone
-        return cls.from_tasks(name, model, tasks, recipe, seed=seed, device=device)
+        return cls.from_tasks(name, model, tasks, given, seed=seed, device=device)

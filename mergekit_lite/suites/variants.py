@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mergekit_lite.suites.splits import SPLITS, Split, Task
 from mergekit_lite.suites.suite import Suite
-from mergekit_lite.suites.tasks import SPLITS, Split, Task
 
 FOUR = ("mnist", "fashion", "letters", "icon_family")
 
@@ -94,7 +94,7 @@ def calibrate(model: nn.Module, suite: Suite) -> None:
     model.train()
     with torch.no_grad():
         for task in suite.tasks.values():
-            model(suite.prepare(task.train.images[:CALIBRATION_IMAGES]))
+            model(suite.prepare(task.train[:CALIBRATION_IMAGES].images))
     model.eval()
     for layer in layers:
         layer.momentum = 0.1  # torch's default

@@ -428,4 +428,6 @@ def test_a_suites_curvature_is_what_the_methods_take(small):
     for merged in merges:
         assert small.evaluate(merged, split="validation").average > 0.6
     assert dict(small.evaluate(split="validation")) == dict(before)
-    assert not any(module._forward_hooks for module in (small.model, small._bench, *small.model.modules()))
+    assert not any(
+        module._forward_hooks for module in (*small.model.modules(), *(m for c in small._copies for m in c.modules()))
+    )
