@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import number
+from mergekit_lite.matrices import is_matrix
 from mergekit_lite.task_vectors import TaskVectors, float64, inner_products
 
 GRANULARITIES = ("whole", "layer", "row")
+SMALLEST_ANGLE = 1e-4  # in radians: between directions nearer to each other, arc and line are the same in float32
 Where = Callable[[str, Tensor], bool]  # which tensors count, by name and θ0
 
 # ---------------------------------------------------------------- inner products and angles
@@ -30,7 +33,7 @@ def grams(tv: TaskVectors, granularity: str = "layer", *, where: Where | None = 
         In float64: ``{"whole": (K, K)}``, or by tensor name (K, K), or (rows, K, K).
 
     Raises:
-        ValueError: another granularity, or no tensor counts.
+        ValueError: another granularity, or no weight counts.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}; got '{granularity}'.")
@@ -47,13 +50,18 @@ def grams(tv: TaskVectors, granularity: str = "layer", *, where: Where | None = 
                 products = inner_products(taus)
                 found[key] = found[key] + products if key in found else products
     if not found:
-        raise ValueError("no tensor to measure: `where` refused all of them.")
+        raise ValueError("no tensor to measure: these models have no weights, or `where` refused all of them.")
     return found
+
+
+def vectors_of(taus: Tensor) -> Tensor:
+    """Task vectors (K, *shape) of a tensor as (K, n), also where the tensor has no axis (n = 1) or no entry (n = 0)."""
+    return taus.flatten(1) if taus.ndim > 1 else taus.unsqueeze(1)
 
 
 def rows_of(taus: Tensor) -> Tensor:
     """Task vectors (K, *shape) of a tensor as (K, rows, columns); what has fewer than two axes is one row."""
-    return taus.flatten(2) if taus.ndim > 2 else taus.reshape(len(taus), 1, -1)
+    return taus.flatten(2) if taus.ndim > 2 else vectors_of(taus).unsqueeze(1)
 
 
 def normalise(gram: Tensor) -> Tensor:
@@ -112,17 +120,17 @@ def principal_cosines(tv: TaskVectors, rank: int, *, side: str = "left") -> dict
         side: ``"left"``, the outputs that are changed, or ``"right"``, the inputs that are read.
 
     Returns:
-        By tensor name, (K, K, r) in float64. Only for matrices with more than `rank` rows and columns; a
-        convolution's kernel is read as outputs x (inputs, height, width), and a depthwise one is no matrix.
+        By tensor name, (K, K, r) in float64. Only for matrices (`is_matrix`) with more than `rank` rows and columns;
+        a convolution's kernel is read as outputs x (inputs, height, width), and a depthwise one is no matrix.
 
     Raises:
         ValueError: a rank below 1, or another side.
     """
-    if rank < 1 or side not in ("left", "right"):
+    if number("rank", rank) < 1 or side not in ("left", "right"):
         raise ValueError(f"expected a rank of at least 1 and the side left or right; got {rank} and '{side}'.")
     found = {}
     for name, theta0, taus in tv.layers():
-        if theta0.ndim < 2 or theta0.shape[1] == 1 or min(theta0.flatten(1).shape) <= rank:
+        if not is_matrix(theta0, name) or min(theta0.flatten(1).shape) <= rank:
             continue
         u, _, v = torch.linalg.svd(float64(taus.flatten(2)), full_matrices=False)
         first = u[..., :rank] if side == "left" else v[:, :rank].transpose(1, 2)  # (K, n, r)
@@ -138,11 +146,13 @@ def turned(pair: TaskVectors, cosine: float) -> TaskVectors:
         cosine: between -1 and 1.
 
     Raises:
-        ValueError: not two task vectors, two parallel ones, or no cosine.
+        ValueError: not two task vectors, two parallel ones, one that is zero, or no cosine.
     """
-    if len(pair) != 2 or not -1 <= cosine <= 1:
+    if len(pair) != 2 or not -1 <= number("cosine", cosine) <= 1:
         raise ValueError(f"expected two task vectors and a cosine; got {len(pair)} and {cosine}.")
     (first, inner), (_, second) = pair.gram().tolist()
+    if not (first > 0 and second > 0):
+        raise ValueError("one of these two task vectors is zero: it has no direction, so there is no plane to turn in.")
     upright = second - inner**2 / first  # squared length of what τ2 has at a right angle to τ1
     if upright <= 1e-9 * second:
         raise ValueError("these two task vectors are parallel: they lie in no plane to turn in.")
@@ -150,6 +160,24 @@ def turned(pair: TaskVectors, cosine: float) -> TaskVectors:
     return pair.transform(
         lambda name, taus: torch.stack([taus[0], along * taus[0] + across * (taus[1] - inner / first * taus[0])])
     )
+
+
+def angle_of_rounding(tv: TaskVectors, name: str | None = None) -> float:
+    r"""How far, in radians, rounding the weights may turn a task vector that has kept half of its digits.
+
+    A weight of relative precision :math:`\epsilon` is stored with an error of about :math:`\epsilon \|\theta\|`. Seen
+    from a task vector it is an angle of :math:`\epsilon \|\theta\| / \|\tau\|`, and if the task vector is as long as
+    :math:`\sqrt\epsilon\, \|\theta\|`, that is :math:`\sqrt\epsilon`: 0.0003 for float32, 0.03 for float16, 0.09 for
+    bfloat16. Two task vectors nearer to opposite than this may be opposite ones that were rounded, and rounding must
+    not choose the way from one to the other. It is never less than 0.0001, as cosines in double precision tell
+    differences of :math:`10^{-8}` at most.
+
+    Args:
+        tv: K task vectors.
+        name: a tensor, whose base's dtype counts; by default the coarsest of all.
+    """
+    dtypes = {tv.base.dtype(each) for each in (tv.base if name is None else [name])}
+    return max([SMALLEST_ANGLE, *(torch.finfo(dtype).eps ** 0.5 for dtype in dtypes if dtype.is_floating_point)])
 
 
 # ---------------------------------------------------------------- interference, in losses
@@ -205,11 +233,11 @@ def slopes(tv: TaskVectors, gradient: Mapping[str, Tensor]) -> Tensor:
     Tensors that the gradient lacks (running statistics) count as zero.
     """
     parts = [
-        float64(taus.flatten(1)) @ float64(gradient[name].flatten())
+        float64(vectors_of(taus)) @ float64(gradient[name].flatten())
         for name, _, taus in tv.layers()
         if name in gradient
     ]
-    return torch.stack(parts).sum(0).cpu()
+    return torch.stack(parts).sum(0).cpu() if parts else torch.zeros(len(tv), dtype=torch.float64)
 
 
 def _added(tv: TaskVectors, which: Sequence[int], scale: float) -> StateDict:

@@ -94,7 +94,7 @@ class TaskVectors:
     def __init__(
         self,
         base: Source,
-        experts: Iterable[Source] | Mapping[str, Source],
+        experts: Mapping[str, Source] | Iterable[Source],
         names: Sequence[str] | None = None,
     ) -> None:
         if isinstance(experts, str | bytes | nn.Module) or is_state_dict(experts) or hasattr(experts, "__fspath__"):

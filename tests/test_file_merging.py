@@ -303,7 +303,8 @@ def anonymous():
             return int(line.split()[1]) * 1024
 
 experts = [f"{folder}/{k}" for k in (1, 2, 3, 4)]
-mkl.merge_files(getattr(mkl, method), f"{folder}/tiny", [f"{folder}/tiny"] * 4, f"{folder}/tiny-{method}")  # what is loaded once
+merge = getattr(mkl, method)
+mkl.merge_files(merge, f"{folder}/tiny", [f"{folder}/tiny"] * 4, f"{folder}/tiny-{method}")  # what is loaded once
 start, peak, done = anonymous(), 0, False
 
 def watch():
@@ -314,7 +315,7 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-mkl.merge_files(getattr(mkl, method), f"{folder}/0", experts, f"{folder}/out-{method}", max_shard_size="16MB")
+mkl.merge_files(merge, f"{folder}/0", experts, f"{folder}/out-{method}", max_shard_size="16MB")
 done = True
 thread.join()
 print((peak - start) / limit)

@@ -241,7 +241,7 @@ def a_loud_expert(merged: dict[str, Tensor]) -> str:
     expect_state(merged, suite.base)
     far = load_suite("pocket8-far", device="cpu").experts["mnist"]
     experts = {name: suite.experts[name] for name in ("fashion", "letters", "icon_family")}
-    tv = TaskVectors(suite.base, {"mnist": far, **experts})
+    tv = TaskVectors(suite.base, {"mnist": far} | experts)
     few = suite.cut(tasks=tv.names)
     accuracy = few.evaluate(merged, split="validation").average
     drowned = few.evaluate(metagpt(tv), split="validation").average
