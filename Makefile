@@ -1,6 +1,7 @@
 # make book   run every chapter and build the site
 # make test   check everything: style, types, tests, and every chapter's outputs
 # make parity compare the methods with mergekit and fusion-bench, K-FAC with curvlinops
+# make fuzz   ten thousand hostile inputs and a hundred killed merges (make test runs some of each)
 # make lab    open the first chapter in JupyterLab
 # make course write the chapters for students and for instructors: course/
 PYTHON ?= python3
@@ -15,7 +16,7 @@ JOBS ?= 2
 # Chapters are committed without progress bars; one thread is fastest for small models.
 RUN := TQDM_DISABLE=1 OMP_NUM_THREADS=1 PYDEVD_DISABLE_FILE_VALIDATION=1
 
-.PHONY: book test nbval parity lab course lint chapters study trials benchmark benchmark-peers readme clean help
+.PHONY: book test nbval parity fuzz lab course lint chapters study trials benchmark benchmark-peers readme clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -35,6 +36,9 @@ nbval: $(VENV)/.ready
 
 parity: $(PARITY)/.ready
 	$(RUN) $(PARITY)/bin/python -m pytest tests/parity
+
+fuzz: $(VENV)/.ready
+	FUZZ_CASES=10000 FUZZ_FIRST=1000 KILLS=100 $(RUN) $(BIN)/python -m pytest tests/test_fuzz.py tests/test_file_merging.py -s
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

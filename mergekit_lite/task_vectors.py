@@ -477,6 +477,8 @@ class TaskVectors:
             if item not in self.names:
                 raise KeyError(f"no task vector named '{item}'; there are {', '.join(self.names)}.")
             return self.names.index(item)
+        if not hasattr(item, "__index__"):
+            raise TypeError(f"a task vector is chosen by its name or its position, not by a {type(item).__name__}.")
         if not -len(self) <= item < len(self):
             raise IndexError(f"no task vector {item}: there are {len(self)}.")
         return item % len(self)

@@ -12,17 +12,16 @@ tasks (`mergekit_lite.adaptive.adaptation`). How a coefficient acts on that sum 
    \frac{\partial L}{\partial \lambda_k^l} = \Big\langle \frac{\partial L}{\partial \theta^l},\; \tau_k^l \Big\rangle .
 
 So a step is a training step of *one* network, whose gradient is then multiplied with the K task vectors, an inner
-product each. Buffers, such as running statistics of normalisation, are merged, too, but have no gradient: task-wise
-they follow their task's coefficient, layer-wise theirs stays where it started. So does a coefficient of a tensor that
-the network does not use, or that its expert has not changed.
+product each. Running statistics of normalisation have no coefficients: they are the mean of the experts' throughout, as
+in every merge. A coefficient of another buffer, of a tensor that the network does not use, or of one that its expert
+has not changed stays where it started.
 
 **++**, the paper's second variant, is the same on other task vectors, those of TIES before they are averaged:
 ``adamerging(trim_and_elect(tv), ...)``. Likewise for any others, such as ``disentangle(tv).task_vectors`` (AWD).
 
 **The bounds.** :math:`\lambda` is kept in [0, 1] by clamping a free number, whose gradient is zero outside. So what has
 left the interval never comes back: of the layer-wise coefficients that the authors publish for ViT-B/32, 12 % are 0.
-``clamp=False`` is without bounds. (Experts with running variances of their own may then merge into negative ones, and
-the entropy becomes NaN.)
+``clamp=False`` is without bounds.
 
 **What the released code does differently.** It sums the losses of two batches of 16 images per task and step. Adam
 hardly notices a factor, so this is ``batch=32``. And it adapts on the very test images that it is then scored on: so do
@@ -32,7 +31,6 @@ to, score it on others.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,6 +42,7 @@ from mergekit_lite.adaptive.coefficients import Coefficients, Init, merge_with, 
 from mergekit_lite.adaptive.history import History
 from mergekit_lite.adaptive.losses import Head, Loss, entropy_loss
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import flag, positive
 from mergekit_lite.data_free.ties import election, trim
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors
@@ -156,8 +155,8 @@ def learn_coefficients(
         ValueError: no images, another granularity, or a number that makes no sense.
         DivergenceError: a loss or its gradient is not finite; `reached` has the coefficients so far.
     """
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate must be positive and finite; got {learning_rate}.")
+    positive("learning_rate", learning_rate)
+    flag("clamp", clamp)
     layers = {name: (theta0, taus) for name, theta0, taus in tv.layers()}
     free = starting(init, list(layers), len(tv), granularity, clamp)
     of_weights = LossOfWeights(model, heads, tv, loss)

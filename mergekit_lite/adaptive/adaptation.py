@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mergekit_lite.adaptive.history import History
 from mergekit_lite.adaptive.losses import Head, Loss, entropy_loss, logits_of
+from mergekit_lite.checks import count, number
 from mergekit_lite.data_free.dare import draw_seed
 from mergekit_lite.task_vectors import TaskVectors
 
@@ -49,7 +50,7 @@ def draws(images: Images, size: int, generator: torch.Generator | None = None) -
     Raises:
         ValueError: a size below 1, no tasks, or a task without inputs.
     """
-    if size < 1:
+    if count("batch", size) < 1:
         raise ValueError(f"a batch has at least one image per task; got {size}.")
     if not images:
         raise ValueError("no images: there must be some of at least one task.")
@@ -85,7 +86,8 @@ class LossOfWeights:
     nobody differentiates through merge and network at once.
 
     A copy of the model is used, in inference mode, so that images do not influence each other and statistics of
-    normalisation do not move. They and other buffers are taken from the weights, too, but have no gradient.
+    normalisation do not move: they are the mean of the experts', as in every merge. Buffers among the weights are taken
+    from the weights, too, but have no gradient.
 
     Attributes:
         trainable: the names of the parameters among the task vectors' tensors: those that are no buffers.
@@ -107,7 +109,7 @@ class LossOfWeights:
         self.heads, self.loss = heads, loss
         self.network = at_base(model, tv)
         tensors = self.network.state_dict(keep_vars=True)
-        self._tensors = {name: tensors[name] for name in tv._float_names()}
+        self._tensors = {name: tensors[name] for name in tv.tensor_names}
         if len({id(tensor) for tensor in self._tensors.values()}) < len(self._tensors):
             raise ValueError("the model uses one tensor under two names (tied weights), but its task vectors differ.")
         self.trainable = [name for name, tensor in self._tensors.items() if isinstance(tensor, nn.Parameter)]
@@ -144,12 +146,14 @@ class LossOfWeights:
 def at_base(model: nn.Module, tv: TaskVectors) -> nn.Module:
     """A copy of a network with the base's weights, in inference mode, none of which takes gradients.
 
+    What is no weight, such as statistics of normalisation, is as in a merge of these task vectors (`tv.others()`).
+
     Raises:
         KeyError: the network lacks a tensor of the task vectors.
         RuntimeError: a tensor has another shape in the network.
     """
     network = copy.deepcopy(model).eval().requires_grad_(False)
-    lacking = network.load_state_dict(dict(tv.base), strict=False).unexpected_keys
+    lacking = network.load_state_dict({**tv.base, **tv.others()}, strict=False).unexpected_keys
     if lacking:
         raise KeyError(f"the model has no tensor '{lacking[0]}', which the task vectors have.")
     return network
@@ -210,7 +214,8 @@ def adapt(
     """
     from tqdm.auto import tqdm
 
-    if steps < 0 or every < 1 or (patience is not None and patience < 1):
+    numbers = [number("steps", steps), number("every", every), 1 if patience is None else number("patience", patience)]
+    if not (numbers[0] >= 0 and numbers[1] >= 1 and numbers[2] >= 1):
         raise ValueError(
             f"steps must not be negative, every and patience at least 1; got {steps}, {every}, {patience}."
         )

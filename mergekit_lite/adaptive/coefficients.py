@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mergekit_lite.adaptive.history import History
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import numbers
 from mergekit_lite.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def starting(init: Init, names: Sequence[str], tasks: int, granularity: str, cla
         if missing:
             raise KeyError(f"init has no coefficients for the tensor '{missing[0]}'.")
         init = torch.stack([init[name] for name in names])
-    start = torch.as_tensor(init, dtype=torch.float64, device="cpu").detach()
+    start = numbers("init", init).detach()
     if start.shape not in ((), (tasks,), shape):
         raise ValueError(f"init is one number, {tasks} (one per task) or of shape {shape}; got {tuple(start.shape)}.")
     if not torch.isfinite(start).all():

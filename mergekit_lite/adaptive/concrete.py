@@ -29,12 +29,11 @@ So does ours (`inner_learning_rate`). It merges for the inner step before the co
 step on the inner slope belongs to those of the step before; ours is taken at the start. Its final mask is one more
 random draw (``mask="sample"``). The mean of the distribution is the default here: the weights depend linearly on the
 mask, so it is the mean of all the merges that could be drawn, up to the division by the mean, and needs no luck.
-Buffers, such as running statistics, have no gradient and no mask.
+Buffers have no gradient and no mask; running statistics are the mean of the experts', as in every merge.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +47,7 @@ from mergekit_lite.adaptive.coefficients import Init, merge_with, starting, weig
 from mergekit_lite.adaptive.history import History
 from mergekit_lite.adaptive.losses import Head, Loss, entropy_loss
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import flag, positive
 from mergekit_lite.data_free.dare import draw_seed
 from mergekit_lite.data_free.task_arithmetic import task_arithmetic
 from mergekit_lite.registry import Need, method
@@ -252,9 +252,10 @@ def learn_mask(
         ValueError: no images, another kind of coefficients, or a number that makes no sense.
         DivergenceError: a loss or its gradient is not finite; `reached` has the mask so far.
     """
-    for number in (temperature, learning_rate, inner_learning_rate):
-        if not 0 < number < math.inf:
-            raise ValueError(f"temperature and learning rates must be positive and finite; got {number}.")
+    positive("temperature", temperature)
+    positive("learning_rate", learning_rate)
+    positive("inner_learning_rate", inner_learning_rate)
+    flag("clamp", clamp)
     of_weights = LossOfWeights(model, heads, tv, loss)
     layers = {name: (theta0, taus) for name, theta0, taus in tv.layers()}
     logits = {name: torch.zeros_like(layers[name][0]) for name in of_weights.trainable}

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -40,6 +39,7 @@ from mergekit_lite.adaptive.adaptation import Images, adapt, at_base, draws
 from mergekit_lite.adaptive.history import History
 from mergekit_lite.adaptive.losses import Head, Loss, entropy_loss, logits_of
 from mergekit_lite.checkpoints import PathLike, SafetensorsFile, save
+from mergekit_lite.checks import finite, positive
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors
 
@@ -103,8 +103,7 @@ def wemoe(
         ValueError: no images, no modules, another route, or a number that makes no sense.
         DivergenceError: a loss or its gradient is not finite; `reached` has the network so far.
     """
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate must be positive and finite; got {learning_rate}.")
+    positive("learning_rate", learning_rate)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     batches = draws(images, batch, generator)
     network = WEMoE.start(tv, model, next(iter(next(batches).values())), modules, scale, init, generator)
@@ -194,7 +193,7 @@ class Mixture(nn.Module):
         merged = {}
         for name, buffer in self._names.items():
             tensor = tensors[name]
-            # Through statistics of normalisation, which are no parameters, torch passes no gradient.
+            # Through buffers, which are no parameters, torch may pass no gradient.
             share = w.to(tensor) if isinstance(tensor, nn.Parameter) else w.to(tensor).detach()
             merged[name] = tensor + torch.tensordot(share, getattr(self, buffer), dims=1)
         return merged
@@ -243,19 +242,19 @@ class WEMoE(nn.Module):
             KeyError: no module of some name, or a tensor that the network does not have.
             ValueError: no module is called ``mlp``; one stands inside of another, is not used, or has no task vectors.
         """
-        if not (math.isfinite(scale) and math.isfinite(init)):
-            raise ValueError(f"scale and init must be finite; got {scale} and {init}.")
+        finite("scale", scale)
+        finite("init", init)
         network, where = at_base(model, tv), next(model.parameters())
         known = dict(network.named_modules())
         names = [n for n in known if n.split(".")[-1] == "mlp"] if modules is None else list(dict.fromkeys(modules))
         _check_modules(names, known)
         widths = _widths(network, names, inputs.to(where.device))
-        owners = {tensor: next((n for n in names if tensor.startswith(n + ".")), None) for tensor in tv._float_names()}
+        owners = {tensor: next((n for n in names if tensor.startswith(n + ".")), None) for tensor in tv.tensor_names}
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
         parameters = {tensor for tensor, _ in network.named_parameters()}
         for tensor, _, taus in tv.layers():
             owner = owners[tensor]
-            if owner is not None and (tensor in parameters or taus.any()):  # statistics, only if experts changed them
+            if owner is not None and (tensor in parameters or taus.any()):  # buffers, only if experts changed them
                 parts[owner][tensor.removeprefix(owner + ".")] = taus
         without = [name for name, taus in parts.items() if not taus]
         if without:

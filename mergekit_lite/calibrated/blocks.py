@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import CheckpointError, PathLike, load, save
+from mergekit_lite.checks import not_negative, number
 from mergekit_lite.task_vectors import TaskVectors
 
 LinearMap = Callable[[Tensor], Tensor]
@@ -37,9 +38,16 @@ class Diagonal:
 
     Attributes:
         values: of the tensor's shape, not negative.
+
+    Raises:
+        ValueError: a number is negative; a bowl that opens downwards has no lowest point.
     """
 
     values: Tensor
+
+    def __post_init__(self) -> None:
+        if (self.values < 0).any():
+            raise ValueError(f"a curvature must not be negative; its smallest number is {self.values.min():.3g}.")
 
     def __call__(self, v: Tensor) -> Tensor:
         """C V: every entry times its number."""
@@ -138,7 +146,7 @@ class Kronecker:
             matrix = matrix * self.outputs.diagonal(dim1=1, dim2=2).unsqueeze(2)
         if self.inputs is not None:
             matrix = matrix * self.inputs.diagonal(dim1=1, dim2=2).unsqueeze(1)
-        return matrix.view(like.shape)
+        return matrix.reshape(like.shape)
 
     def to(self, like: Tensor) -> Kronecker:
         """This block in the dtype and on the device of a tensor."""
@@ -174,6 +182,10 @@ class Kronecker:
     def _each(self, f: LinearMap) -> Kronecker:
         return Kronecker(**{name: f(factor) for name, factor in self.factors().items()})
 
+    def is_upright(self) -> bool:
+        """Whether no factor has a negative number on its diagonal, as no mean of squares is negative."""
+        return all(bool((factor.diagonal(dim1=1, dim2=2) >= 0).all()) for factor in self.factors().values())
+
     def factors(self) -> dict[str, Tensor]:
         """What is written to a file."""
         both = {"inputs": self.inputs, "outputs": self.outputs}
@@ -196,7 +208,7 @@ class Curvature(Mapping[str, Block]):
         blocks: by tensor name, as in the state dict.
 
     Raises:
-        ValueError: a block has NaN or infinite entries.
+        ValueError: a block has NaN or infinite entries, or negative ones on its diagonal.
 
     Examples:
         >>> curvature = Curvature({"w": Diagonal(torch.tensor([1.0, 3.0]))})
@@ -210,6 +222,8 @@ class Curvature(Mapping[str, Block]):
         for name, block in blocks.items():
             if not all(torch.isfinite(factor).all() for factor in block.factors().values()):
                 raise ValueError(f"the curvature of '{name}' has NaN or infinite entries: were the losses finite?")
+            if isinstance(block, Kronecker) and not block.is_upright():
+                raise ValueError(f"the curvature of '{name}' has negative numbers on a factor's diagonal.")
         self._blocks = dict(blocks)
 
     def __getitem__(self, name: str) -> Block:
@@ -228,8 +242,7 @@ class Curvature(Mapping[str, Block]):
 
     def __mul__(self, factor: float) -> Curvature:
         """Every block times a number: how much this task counts in a merge."""
-        if not 0 <= factor < float("inf"):
-            raise ValueError(f"a task's weight must be finite and not negative; got {factor}.")
+        not_negative("a task's weight", factor)
         return Curvature({name: block.scaled(factor) for name, block in self.items()})
 
     __rmul__ = __mul__
@@ -254,7 +267,7 @@ class Curvature(Mapping[str, Block]):
         Raises:
             ValueError: a share outside [0, 1].
         """
-        if not 0 <= share <= 1:
+        if not 0 <= number("share", share) <= 1:
             raise ValueError(f"the share of what stands beside the diagonal must lie in [0, 1]; got {share}.")
         return Curvature({name: block.mixed(share) for name, block in self.items()})
 
@@ -264,8 +277,7 @@ class Curvature(Mapping[str, Block]):
         Raises:
             ValueError: a negative or infinite damping.
         """
-        if not 0 <= damping < float("inf"):
-            raise ValueError(f"damping must be finite and not negative; got {damping}.")
+        not_negative("damping", damping)
         return Curvature({name: block.damped(damping) for name, block in self.items()})
 
     def save(self, path: PathLike) -> None:

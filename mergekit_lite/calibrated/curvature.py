@@ -20,12 +20,12 @@ per image. ``"given"`` takes the data's labels: that is the *empirical* Fisher, 
 and which vanishes where the expert has learnt its training images by heart.
 
 **Convolutions** are linear layers over pixels: `a` is the patch that a kernel sees. A depthwise one is as many layers
-side by side as it has channels, each with a small Gram matrix. Patches come from the layer itself, with unit vectors
-for kernels, so padding and stride are always the layer's own.
+side by side as it has channels, each with a small Gram matrix.
 
-Layers are watched by hooks: the model is run as it is, in inference mode, and is not changed. A weight that is used
-without its module being called (as within `torch.nn.MultiheadAttention`) is not seen by them: it gets no Gram matrices.
-Layers that change their weight before using it (weight standardisation) are not linear in it and do not belong here.
+The model is run as it is, in inference mode, and is not changed. Its layers are watched
+(`mergekit_lite.calibrated.layers`): one that changes its weight before using it (weight standardisation) is refused. A
+weight that is used without its layer being called (as within `torch.nn.MultiheadAttention`), or whose matrices would
+have more than 16,384 rows, gets none; this is said once, with the names.
 
 A library, curvlinops, computes such matrices, too; what is here agrees with it (`tests/parity`). It is not used, since
 it averages the channels of a grouped convolution before it looks at them, refuses parameters of normalisation, and
@@ -34,7 +34,6 @@ since these pages are what a reader wants to see.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,11 +45,11 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mergekit_lite.calibrated.blocks import Block, Curvature, Diagonal, Kronecker
+from mergekit_lite.calibrated.layers import WIDEST, Layer, by_place, of, say_unseen, unseen, watched, width
 from mergekit_lite.task_vectors import float64
 
 Batch = Tensor | Sequence[Tensor]  # inputs, or inputs and labels
 Head = Callable[[Tensor], Tensor]  # from the model's outputs to logits (images, classes)
-Layer = nn.Linear | nn.Conv2d
 
 LABELS = ("given", "sampled", "expected")
 GRAM_PIECE = 1 << 20  # numbers turned into float64 at a time: they stay in a core's cache
@@ -69,24 +68,47 @@ def input_grams(
         progress: show a progress bar.
 
     Returns:
-        A `Kronecker` block with `inputs` alone for the weight of every layer that was called. Means are over images and
-        places, so a task with more or larger images counts no more than others.
+        A `Kronecker` block with `inputs` alone for the weight of every layer that was called and has no more than
+        16,384 inputs. Means are over images and places, so a task with more or larger images counts no more than
+        others. Linear maps that have no block are named in a warning, once.
 
     Raises:
-        ValueError: there are no batches, or none of the layers was called.
+        ValueError: there are no batches, or none of the layers was called; a layer is not linear in its weight; a
+            linear map among `names` was not seen.
+        KeyError: the model has no tensor of a name among `names`.
     """
-    grams = _Grams()
     wanted = None if names is None else set(names)
+    grams = grams_of_called(model, batches, wanted, progress)
+    if wanted is None and not grams:
+        raise ValueError("no linear or convolutional layer of this model was called.")
+    if wanted is None:
+        say_unseen(model, grams, "They have no Gram matrices, and RegMean averages them.")
+        return grams
+    unknown = sorted(wanted - model.state_dict().keys())
+    if unknown:
+        raise KeyError(f"the model has no tensor '{unknown[0]}'.")
+    hidden = sorted(wanted.intersection(unseen(model, grams)))
+    if hidden:
+        raise ValueError(
+            f"nothing is known about the inputs of '{hidden[0]}': its layer was not called (the weight is used by "
+            f"a module that is neither nn.Linear nor nn.Conv2d, or not at all), or is wider than {WIDEST:,}."
+        )
+    return grams
+
+
+def grams_of_called(
+    model: nn.Module, batches: Iterable[Batch], wanted: Collection[str] | None = None, progress: bool = False
+) -> Curvature:
+    """As `input_grams`, without a word about layers that were not called."""
+    grams = _Grams()
 
     def watch(name: str, layer: Layer, a: Tensor, output: Tensor) -> Tensor:
-        grams.add(_of(name, "weight"), a)
+        grams.add(of(name, "weight"), a)
         return output
 
-    with _inference(model), torch.no_grad(), _watched(model, watch, wanted):
+    with _inference(model), torch.no_grad(), watched(model, watch, wanted):
         for batch in _shown(batches, progress):
             model(_inputs(batch))
-    if not grams.sums and wanted is None:
-        raise ValueError("no linear or convolutional layer of this model was called.")
     return Curvature({name: Kronecker(inputs=grams.per_place(name)) for name in grams.sums})
 
 
@@ -110,11 +132,13 @@ def kfac(
         progress: show a progress bar.
 
     Returns:
-        For the layers that were called, a `Kronecker` block per weight and one with `outputs` alone per bias; for all
-        other parameters a `Diagonal`.
+        For the layers that were called and have no more than 16,384 inputs and outputs, a `Kronecker` block per weight
+        and one with `outputs` alone per bias; for all other parameters a `Diagonal`. Linear maps that get a diagonal
+        are named in a warning, once.
 
     Raises:
-        ValueError: there are no batches, no labels, another word for `labels`, or outputs that are no logits.
+        ValueError: there are no batches, no labels, another word for `labels`, or outputs that are no logits; a layer
+            is not linear in its weight.
     """
     inputs, outputs = _Grams(), _Grams()
     nudges: list[tuple[str, Layer, Tensor]] = []
@@ -127,7 +151,11 @@ def kfac(
         return output + nudges[-1][2]
 
     batches, images = list(batches) if isinstance(batches, Iterator) else batches, 0  # they may be read twice
-    with _inference(model), torch.enable_grad(), _watched(model, watch):
+
+    def largest(layer: Layer) -> int:
+        return max(width(layer), len(layer.weight) // getattr(layer, "groups", 1))
+
+    with _inference(model), torch.enable_grad(), watched(model, watch, size=largest):
         for batch in _shown(batches, progress):
             nudges.clear()
             logits = _logits(model, head, _inputs(batch))
@@ -141,13 +169,14 @@ def kfac(
                 # its root, as g gᵀ squares it.
                 gradients = torch.autograd.grad(weights.sqrt() @ losses, zeros, retain_graph=True, allow_unused=True)
                 for (name, layer, nudge), g in zip(nudges, gradients, strict=True):
-                    outputs.add(name, _by_place(layer, torch.zeros_like(nudge) if g is None else g))
+                    outputs.add(name, by_place(layer, torch.zeros_like(nudge) if g is None else g))
     blocks: dict[str, Block] = {}
     for name in inputs.sums:
         block = Kronecker(inputs.per_place(name), outputs.sums[name] / images)
-        blocks[_of(name, "weight")] = block
+        blocks[of(name, "weight")] = block
         if model.get_submodule(name).bias is not None:
-            blocks[_of(name, "bias")] = Kronecker(outputs=block.outputs)  # its input is always 1
+            blocks[of(name, "bias")] = Kronecker(outputs=block.outputs)  # its input is always 1
+    say_unseen(model, blocks, "They get a diagonal.")
     others = [name for name, _ in model.named_parameters() if name not in blocks]
     if not others:
         return Curvature(blocks)
@@ -238,25 +267,7 @@ def _logits(model: nn.Module, head: Head | None, x: Tensor) -> Tensor:
     return logits
 
 
-# ---------------------------------------------------------------- what a layer sees
-
-
-def _by_place(layer: Layer, outputs: Tensor) -> Tensor:
-    """A layer's outputs, or gradients by them, as (places, groups, outputs of a group), images one after another."""
-    if isinstance(layer, nn.Linear):
-        return outputs.reshape(-1, 1, outputs.shape[-1])
-    return outputs.flatten(2).transpose(1, 2).reshape(-1, layer.groups, outputs.shape[1] // layer.groups)
-
-
-def reader(layer: Layer) -> Callable[[Tensor], Tensor]:
-    """A function from a layer's inputs to what its weight is multiplied with: (places, groups, inputs of a group)."""
-    if isinstance(layer, nn.Linear):
-        return lambda x: x.reshape(-1, 1, x.shape[-1])
-    # The same convolution with a unit vector for every kernel: its outputs are the entries of the patches.
-    probe, size = copy.deepcopy(layer), layer.weight[0].numel()
-    kernels = torch.eye(size).view(size, *layer.weight.shape[1:]).repeat(layer.groups, 1, 1, 1)
-    probe.weight, probe.bias = nn.Parameter(kernels.to(layer.weight), requires_grad=False), None
-    return lambda x: _by_place(layer, probe.forward(x))  # without the hooks that the copy has, too
+# ---------------------------------------------------------------- sums over places
 
 
 class _Grams:
@@ -280,36 +291,6 @@ class _Grams:
 
 
 # ---------------------------------------------------------------- running the model
-
-
-@contextmanager
-def _watched(
-    model: nn.Module, watch: Callable[[str, Layer, Tensor, Tensor], Tensor], weights: Collection[str] | None = None
-) -> Iterator[None]:
-    """Within the block, `watch(name, layer, a, output)` sees every call of a layer and returns the output to go on.
-
-    By default of all linear and convolutional layers, or else of those with these `weights`.
-    """
-
-    def hook(name: str, layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        read = reader(layer)
-        return lambda _, args, output: watch(name, layer, read(args[0]), output)
-
-    handles = [
-        layer.register_forward_hook(hook(name, layer))
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d) and (weights is None or _of(name, "weight") in weights)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _of(layer: str, parameter: str) -> str:
-    """The full name of a layer's parameter; a model that is a single layer has no name before it."""
-    return f"{layer}.{parameter}" if layer else parameter
 
 
 @contextmanager

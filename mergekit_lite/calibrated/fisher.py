@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mergekit_lite.calibrated.blocks import Block, Curvatures, blocks_of, in_order
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import not_negative
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors, float64
 
@@ -45,11 +46,11 @@ def fisher(tv: TaskVectors, fishers: Curvatures, *, floor: float = 0.0) -> State
         The merged state dict.
 
     Raises:
-        ValueError: not K curvatures, a block of another shape, or a floor that is negative or not finite.
+        ValueError: not K curvatures, a block of another shape or with negative numbers, or a floor that is negative
+            or not finite.
         KeyError: a curvature belongs to another model, or only some experts have one for a tensor.
     """
-    if not 0 <= floor < float("inf"):
-        raise ValueError(f"floor must be finite and not negative; got {floor}.")
+    not_negative("floor", floor)
     ordered = in_order(tv, fishers)
 
     def merge(name: str, taus: Tensor) -> Tensor:
@@ -57,7 +58,10 @@ def fisher(tv: TaskVectors, fishers: Curvatures, *, floor: float = 0.0) -> State
         average = float64(taus).mean(0)
         if not blocks:
             return average.to(taus)
-        weights = torch.stack([float64(diagonal(block, average)) + floor for block in blocks])
+        fishers = torch.stack([float64(diagonal(block, average)) for block in blocks])
+        if not (fishers >= 0).all():
+            raise ValueError(f"the curvature of '{name}' has negative or undefined numbers on its diagonal.")
+        weights = fishers + floor
         total = weights.sum(0)
         # As a correction of the average, which is kept where no task minds.
         correction = (weights * (float64(taus) - average)).sum(0) / torch.where(total > 0, total, 1.0)

@@ -36,6 +36,7 @@ from mergekit_lite.calibrated.blocks import Block, Curvatures, LinearMap, blocks
 from mergekit_lite.calibrated.conjugate_gradient import conjugate_gradient
 from mergekit_lite.calibrated.preconditioners import PRECONDITIONERS, approximate_inverse
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import count, not_negative
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors, float64
 
@@ -86,8 +87,8 @@ def mats(
     """
     if preconditioner not in PRECONDITIONERS:
         raise ValueError(f"preconditioner must be one of {', '.join(PRECONDITIONERS)}; got '{preconditioner}'.")
-    if iterations < 0 or not tolerance >= 0:
-        raise ValueError(f"iterations and tolerance must not be negative; got {iterations} and {tolerance}.")
+    iterations = count("iterations", iterations)
+    not_negative("tolerance", tolerance)
     ordered = in_order(tv, curvatures)
 
     def merge(name: str, taus: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mergekit_lite.calibrated.blocks import Curvatures, Kronecker, blocks_of, in_order, pseudo_inverse
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import number
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors, float64
 
@@ -78,5 +79,5 @@ def least_squares(weights: Tensor, grams: Sequence[Tensor]) -> Tensor:
 
 def check_share(alpha: float) -> None:
     """Raises a ValueError unless alpha lies in [0, 1]."""
-    if not 0 <= alpha <= 1:
+    if not 0 <= number("alpha", alpha) <= 1:
         raise ValueError(f"alpha must lie in [0, 1], from the diagonals alone to whole Gram matrices; got {alpha}.")

@@ -21,7 +21,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from mergekit_lite.calibrated.curvature import Batch, input_grams
+from mergekit_lite.calibrated.curvature import Batch, grams_of_called
+from mergekit_lite.calibrated.layers import say_unseen
 from mergekit_lite.calibrated.regmean import check_share, least_squares
 from mergekit_lite.checkpoints import StateDict, tied_names
 from mergekit_lite.data_free.average import average
@@ -59,10 +60,10 @@ def regmean_plus_plus(
         progress: show a progress bar.
 
     Returns:
-        The merged state dict.
+        The merged state dict. Linear maps whose layers were not called are averaged, and named in a warning.
 
     Raises:
-        ValueError: an alpha outside [0, 1], no batches, or no blocks.
+        ValueError: an alpha outside [0, 1], no batches, or no blocks; a layer is not linear in its weight.
         KeyError: a task has no batches.
     """
     from tqdm.auto import tqdm
@@ -77,15 +78,17 @@ def regmean_plus_plus(
     calls = {name: list(batches[name]) for name in tv.names}  # they are read once per block
     network = copy.deepcopy(model)
     merged = average(in_memory)
-    first_names = tied_names(merged)
+    first_names, seen = tied_names(merged), set[str]()
     for stage in tqdm(sorted(set(depths.values())), desc="blocks", disable=None if progress else True):
         block = [name for name, depth in depths.items() if depth == stage]
         grams = []
         for task, expert in experts.items():
             own = {name: expert[name] for name, first in first_names.items() if first in block}
             network.load_state_dict({**merged, **own})
-            grams.append(input_grams(network, calls[task], names=block).mixed(alpha))
+            grams.append(grams_of_called(network, calls[task], block).mixed(alpha))
+        seen.update(grams[0])
         for name in grams[0]:
             weights = torch.stack([expert[name] for expert in experts.values()])
             merged[name].copy_(least_squares(weights, [gram[name].factors()["inputs"] for gram in grams]))
+    say_unseen(network, seen, "They are averaged.")
     return merged

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import numbers
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors
 
@@ -40,7 +41,7 @@ def average(tv: TaskVectors, *, weights: Sequence[float] | None = None) -> State
     Raises:
         ValueError: not K weights, a negative or non-finite one, or all zero.
     """
-    w = torch.as_tensor([1.0] * len(tv) if weights is None else weights, dtype=torch.float64)
+    w = numbers("weights", [1.0] * len(tv) if weights is None else weights)
     if w.shape != (len(tv),):
         raise ValueError(f"expected {len(tv)} weights, one per expert, got {w.numel()}.")
     if not torch.isfinite(w).all() or (w < 0).any() or w.sum() == 0:

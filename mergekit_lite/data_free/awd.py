@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import count, finite, flag, not_negative
 from mergekit_lite.data_free.awd_solvers import Value, descend, minimise, typical_length
 from mergekit_lite.data_free.task_arithmetic import task_arithmetic
 from mergekit_lite.geometry import Where, grams, rows_of
@@ -107,6 +108,7 @@ def awd(
     Raises:
         ValueError: as for `disentangle` and `task_arithmetic`.
     """
+    finite("scale", scale)
     found = disentangle(tv, alpha=alpha, solver=solver, granularity=granularity, **options)
     return task_arithmetic(found.task_vectors, scale=scale)
 
@@ -154,9 +156,16 @@ def disentangle(
         where: ``where(name, theta0)`` says from which tensors to subtract; by default from all.
 
     Raises:
-        ValueError: another solver or granularity, a negative number, `row_mean` without rows.
+        ValueError: another solver or granularity, a number that is negative or not finite, `row_mean` without rows,
+            or no weights to measure.
+        TypeError: what should be a number is none.
     """
-    _check(solver, granularity, row_mean, alpha, step, iterations, momentum, weight_decay)
+    _check(solver, granularity, row_mean)
+    for word, answer in (("squared", squared), ("relative", relative), ("row_mean", row_mean)):
+        flag(word, answer)
+    for word, number in (("alpha", alpha), ("step", step), ("momentum", momentum), ("weight_decay", weight_decay)):
+        not_negative(word, number)
+    iterations = count("iterations", iterations)
 
     # δ is a combination of these: the task vectors, and for the exact minimum one random vector more.
     parts = tv.transform(_with_noise, [*tv.names, "outside"]) if solver == "exact" else tv
@@ -188,7 +197,8 @@ def disentangle(
     pieces = zip(by_name.items(), c.split(counts), strict=True)
     solved = {name: piece.view(gram.shape[:-1]) for (name, gram), piece in pieces}
     names = [name for name, theta0, _ in tv.layers() if where is None or where(name, theta0)]
-    shares = {name: solved["whole" if granularity == "whole" else name] for name in names}
+    keys = {name: "whole" if granularity == "whole" else name for name in names}
+    shares = {name: solved[key] for name, key in keys.items() if key in solved}  # an empty tensor has no Gram matrix
 
     def delta(name: str, taus: Tensor) -> Tensor:
         if name not in shares:
@@ -210,17 +220,14 @@ def combine(coefficients: Tensor, taus: Tensor) -> Tensor:
     c = coefficients.to(taus)
     if c.ndim == 1:
         return torch.tensordot(c, taus, dims=1)
-    return torch.einsum("rk,krd->rd", c, rows_of(taus)).view(taus.shape[1:])
+    return torch.einsum("rk,krd->rd", c, rows_of(taus)).reshape(taus.shape[1:])
 
 
-def _check(solver: str, granularity: str, row_mean: bool, *numbers: float) -> None:
+def _check(solver: str, granularity: str, row_mean: bool) -> None:
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got '{solver}'.")
     if row_mean and granularity != "row":
         raise ValueError(f"row_mean is about rows; the granularity is '{granularity}'.")
-    for name, number in zip(("alpha", "step", "iterations", "momentum", "weight_decay"), numbers, strict=True):
-        if not number >= 0:
-            raise ValueError(f"{name} must not be negative; got {number}.")
 
 
 # ---------------------------------------------------------------- outside the span of the task vectors

@@ -65,11 +65,14 @@ def objective(
         alpha: the weight of ‖δ‖, one number or one per problem (...).
         squared: ‖δ‖² in the place of ‖δ‖.
         smoothing: μ > 0 rounds both kinks off, |x| to √(x² + μ²).
+
+    A zero task vector has no part in L_O: its cosines are 0 for every δ, and have no gradient.
     """
     apart = points - delta.unsqueeze(-2)
     inner = apart @ (apart if metric is None else apart @ metric).transpose(-2, -1)
     lengths = inner.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    inverse = torch.where(lengths > 0, 1 / lengths, 0.0)  # a vector of length zero has cosine 0 with all others
+    counts = (lengths > 0) & has_direction(points, metric)
+    inverse = torch.where(counts, 1 / lengths, 0.0)  # a vector of length zero has cosine 0 with all others
     both = inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
     tasks = points.shape[-2]
     cosines = inner * both * (1 - torch.eye(tasks, dtype=points.dtype, device=points.device))
@@ -91,6 +94,17 @@ def objective(
     # At δ = 0, where the length has no gradient, it is taken as 0.
     unit = torch.where(length.unsqueeze(-1) > 0, delta / length.unsqueeze(-1), 0.0)
     return Value(overlap + alpha * length, overlap, length, gradient + alpha.unsqueeze(-1) * unit)
+
+
+def has_direction(points: Tensor, metric: Tensor | None) -> Tensor:
+    """Which task vectors are not zero: (..., K).
+
+    A zero one, as of a layer that an expert has frozen, has no direction. Nor has it one when δ has been subtracted:
+    −δ says nothing about its task, and the shorter δ, the steeper its cosines, up to 1 / 0.
+    """
+    if metric is None:
+        return (points != 0).any(-1)
+    return ((points @ metric) * points).sum(-1) > 0
 
 
 def _absolute(x: Tensor, smoothing: float) -> Tensor:
@@ -144,12 +158,13 @@ def descend(
 def coordinates(gram: Tensor) -> Tensor:
     """The task vectors in an orthonormal basis of their span and of one direction more: (..., K, K + 1).
 
-    The last coordinate of each is zero.
+    The last coordinate of each is zero, and so are all of a zero vector.
     """
     values, vectors = torch.linalg.eigh(gram)
     # Where task vectors depend on each other there are directions that none of them has; rounding must not make some.
     values = torch.where(values > 1e-13 * values[..., -1:], values, 0.0)
     inside = vectors * values.sqrt().unsqueeze(-2)
+    inside = torch.where(gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) > 0, inside, 0.0)
     return torch.cat([inside, torch.zeros_like(inside[..., :1])], dim=-1)
 
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import finite, number
 from mergekit_lite.data_free.task_arithmetic import task_arithmetic
 from mergekit_lite.data_free.ties import kept
+from mergekit_lite.geometry import vectors_of
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors
 
@@ -50,7 +52,9 @@ def breadcrumbs(
 
     Raises:
         ValueError: shares that do not fit together, a scale that is not finite, another granularity.
+        TypeError: what should be a number is none.
     """
+    finite("scale", scale)
     return task_arithmetic(trim_tails(tv, density, outliers, granularity), scale=scale)
 
 
@@ -60,6 +64,7 @@ def trim_tails(tv: TaskVectors, density: float, outliers: float, granularity: st
     Raises:
         ValueError: as `breadcrumbs`.
     """
+    density, outliers = number("density", density), number("outliers", outliers)
     if not 0 < density <= 1 or not outliers >= 0 or density + outliers > 1 + 1e-9:
         raise ValueError(
             "density (in (0, 1]) and outliers (at least 0) are shares of one whole, so their sum is at most 1; "
@@ -69,10 +74,10 @@ def trim_tails(tv: TaskVectors, density: float, outliers: float, granularity: st
         raise ValueError(f"granularity must be 'layer' or 'row', got '{granularity}'.")
 
     def mask(name: str, taus: Tensor) -> Tensor:
-        lines = taus.flatten(1) if granularity == "layer" or taus.ndim == 1 else taus
+        lines = vectors_of(taus) if granularity == "layer" or taus.ndim == 1 else taus
         n = lines.shape[-1]
         top = int(outliers * n)
         ranked = lines.abs().topk(min(n, top + kept(n, density)), dim=-1).indices if n else lines.long()
-        return torch.zeros_like(lines).scatter_(-1, ranked[..., top:], 1.0).mul_(lines).view(taus.shape)
+        return torch.zeros_like(lines).scatter_(-1, ranked[..., top:], 1.0).mul_(lines).reshape(taus.shape)
 
     return tv.transform(mask)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import finite, number, numbers
 from mergekit_lite.data_free.task_conditioned import TaskConditioned, in_memory
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors, TauFunction
@@ -94,10 +95,9 @@ def consensus(
         KeyError: `merged` is not of this architecture.
     """
     strengths, added = _strengths(strength, len(tv)), multi_task_vector(tv, merged)
-    if agreement < 0:
+    if not number("agreement", agreement) >= 0:
         raise ValueError(f"agreement is a number of tasks, 0 or more; got {agreement}.")
-    if not torch.isfinite(torch.tensor(scale)):
-        raise ValueError(f"scale must be finite, got {scale}.")
+    finite("scale", scale)
 
     def merge(name: str, taus: Tensor) -> Tensor:
         total = added(name, taus)
@@ -109,7 +109,7 @@ def consensus(
 
 def localise(taus: Tensor, total: Tensor, strengths: Tensor) -> Tensor:
     """The masks (K, *shape) of K task vectors (K, *shape) in a multi-task vector (*shape)."""
-    strengths = strengths.to(taus).view(-1, *[1] * total.ndim)
+    strengths = strengths.to(taus).reshape(-1, *[1] * total.ndim)
     return taus.abs() >= strengths * (total - taus).abs()
 
 
@@ -122,7 +122,7 @@ def multi_task_vector(tv: TaskVectors, merged: Mapping[str, Tensor] | None) -> T
 
 
 def _strengths(strength: float | Sequence[float], tasks: int) -> Tensor:
-    strengths = torch.as_tensor(strength, dtype=torch.float64)
+    strengths = numbers("strength", strength)
     strengths = strengths.repeat(tasks) if strengths.ndim == 0 else strengths
     if strengths.shape != (tasks,):
         raise ValueError(f"expected one strength or {tasks} (one per task), got {strengths.numel()}.")

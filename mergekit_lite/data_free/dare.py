@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import finite, number
 from mergekit_lite.data_free.task_arithmetic import task_arithmetic
 from mergekit_lite.data_free.ties import elect_and_merge
 from mergekit_lite.registry import Need, method
@@ -60,9 +61,11 @@ def dare(
 
     Raises:
         ValueError: drop outside [0, 1), a scale that is not finite, another combination.
+        TypeError: what should be a number, or a generator, is none.
     """
     if combine not in ("linear", "ties"):
         raise ValueError(f"combine must be 'linear' or 'ties', got '{combine}'.")
+    finite("scale", scale)
     thinned = drop_and_rescale(tv, drop, generator)
     return (task_arithmetic if combine == "linear" else elect_and_merge)(thinned, scale=scale)
 
@@ -81,7 +84,7 @@ def drop_and_rescale(tv: TaskVectors, drop: float, generator: torch.Generator | 
     Raises:
         ValueError: drop outside [0, 1).
     """
-    if not 0 <= drop < 1:
+    if not 0 <= number("drop", drop) < 1:
         raise ValueError(f"drop is the probability of dropping an entry, in [0, 1); got {drop}.")
     seed = draw_seed(generator)
     survivors = max(1, round((1 - drop) * LEVELS))  # so many of the 2^16 random numbers spare an entry
@@ -95,7 +98,13 @@ def drop_and_rescale(tv: TaskVectors, drop: float, generator: torch.Generator | 
 
 
 def draw_seed(generator: torch.Generator | None) -> int:
-    """A seed from the caller's generator; each piece of the model makes a generator of its own from it."""
+    """A seed from the caller's generator; each piece of the model makes a generator of its own from it.
+
+    Raises:
+        TypeError: it is no generator.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}.")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     return int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
 

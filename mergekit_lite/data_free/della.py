@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import finite, number
 from mergekit_lite.data_free.dare import LEVELS, draw_seed, random_levels
 from mergekit_lite.data_free.ties import elect_and_merge
 from mergekit_lite.geometry import rows_of
@@ -53,9 +54,9 @@ def della(
 
     Raises:
         ValueError: probabilities that leave [0, 1), or a scale that is not finite.
+        TypeError: what should be a number, or a generator, is none.
     """
-    if not torch.isfinite(torch.tensor(scale)):
-        raise ValueError(f"scale must be finite, got {scale}.")
+    finite("scale", scale)
     return elect_and_merge(magprune(tv, drop, window, generator), scale=scale)
 
 
@@ -67,6 +68,7 @@ def magprune(tv: TaskVectors, drop: float, window: float, generator: torch.Gener
     Raises:
         ValueError: a negative window, or probabilities that leave [0, 1).
     """
+    drop, window = number("drop", drop), number("window", window)
     if not (window >= 0 and drop - window / 2 >= 0 and drop + window / 2 < 1):
         raise ValueError(
             f"the probabilities must stay in [0, 1): drop - window / 2 and drop + window / 2 are "
@@ -83,6 +85,6 @@ def magprune(tv: TaskVectors, drop: float, window: float, generator: torch.Gener
         survive = 1 - drop - window / 2 + window * ranks / max(1, rows.shape[-1] - 1)
         levels = (survive * LEVELS).round_().clamp_(min=1)  # as many of the random numbers spare the entry
         drawn = random_levels(rows.numel(), seed, name).view(rows.shape).to(taus.device)
-        return torch.where(drawn < levels - LEVELS // 2, rows * (LEVELS / levels), 0.0).view(taus.shape)
+        return torch.where(drawn < levels - LEVELS // 2, rows * (LEVELS / levels), 0.0).reshape(taus.shape)
 
     return tv.transform(prune)

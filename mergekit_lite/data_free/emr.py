@@ -29,7 +29,9 @@ where here, as in the formula, nothing is elected.
 import torch
 from torch import Tensor
 
+from mergekit_lite.checks import flag
 from mergekit_lite.data_free.task_conditioned import TaskConditioned, in_memory
+from mergekit_lite.geometry import vectors_of
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors
 
@@ -53,7 +55,11 @@ def emr(tv: TaskVectors, *, by_tensor: bool = False) -> TaskConditioned:
     Returns:
         K models by task name, made when asked for. A task vector with which the election agrees nowhere is answered
         by the base.
+
+    Raises:
+        TypeError: `by_tensor` is neither True nor False.
     """
+    flag("by_tensor", by_tensor)
     masks: dict[str, Tensor] = {}
     size, kept = torch.zeros(2, len(tv), dtype=torch.float64)  # the two norms in λ, by task
 
@@ -78,4 +84,4 @@ def elect(taus: Tensor) -> Tensor:
 
 def norms(vectors: Tensor) -> Tensor:
     """The 1-norms of K vectors (K, *shape): shape (K,), in float64."""
-    return vectors.reshape(len(vectors), -1).abs().sum(1, dtype=torch.float64).cpu()
+    return vectors_of(vectors).abs().sum(1, dtype=torch.float64).cpu()

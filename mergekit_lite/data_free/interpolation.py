@@ -19,11 +19,10 @@ weights of two fine-tuned models are nearly parallel and their arc is nearly the
 import torch
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import finite
+from mergekit_lite.geometry import SMALLEST_ANGLE, angle_of_rounding
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors
-
-# Below this angle (in radians) the arc and the line differ by less than float32 can tell.
-SMALLEST_ANGLE = 1e-4
 
 
 @method(
@@ -48,7 +47,8 @@ def linear_interpolation(tv: TaskVectors, *, t: float = 0.5) -> StateDict:
     """
     _check(tv, t)
     weights = torch.tensor([t] if len(tv) == 1 else [1 - t, t], dtype=torch.float64)
-    return tv.map_pieces(lambda place, taus: weights.to(taus) @ taus)
+    # Of one task vector the line starts at the base, which then has its share in running statistics, too.
+    return tv.map_pieces(lambda place, taus: weights.to(taus) @ taus, shares=[1 - t, t])
 
 
 @method(
@@ -69,8 +69,9 @@ def slerp(tv: TaskVectors, *, t: float = 0.5) -> StateDict:
         formula divides zero by zero.
 
     Raises:
-        ValueError: not two task vectors, one of them zero, or the two opposite to each other (then
-            every great circle joins them and the arc is not defined); t is not finite.
+        ValueError: not two task vectors, one of them zero, or the two opposite to each other, as far as
+            the weights' precision tells (`angle_of_rounding`): then every great circle joins them and
+            the arc is not defined; t is not finite.
     """
     if len(tv) != 2:
         raise ValueError(f"SLERP joins exactly two models, got {len(tv)}; choose two with tv.subset([...]).")
@@ -80,16 +81,15 @@ def slerp(tv: TaskVectors, *, t: float = 0.5) -> StateDict:
     if (lengths == 0).any():
         raise ValueError("a task vector is zero, so it has no direction to turn from; use linear_interpolation.")
     omega = torch.arccos((gram[0, 1] / lengths.prod()).clamp(-1, 1))
-    if torch.pi - omega < SMALLEST_ANGLE:
+    if torch.pi - omega < angle_of_rounding(tv):
         raise ValueError("the two task vectors are opposite, so no single arc joins them; use linear_interpolation.")
     if omega < SMALLEST_ANGLE:
         return linear_interpolation(tv, t=t)
     weights = torch.stack([((1 - t) * omega).sin(), (t * omega).sin()]) / omega.sin()
-    return tv.map_pieces(lambda place, taus: weights.to(taus) @ taus)
+    return tv.map_pieces(lambda place, taus: weights.to(taus) @ taus, shares=[1 - t, t])
 
 
 def _check(tv: TaskVectors, t: float) -> None:
     if len(tv) > 2:
         raise ValueError(f"a line joins two models, got {len(tv)}; choose two with tv.subset([...]).")
-    if not torch.isfinite(torch.tensor(t)):
-        raise ValueError(f"t must be finite, got {t}.")
+    finite("t", t)

@@ -26,7 +26,8 @@ default here is 1. With it, Iso-C is never longer than the sum: :math:`\|\bar\si
 
 **What is no matrix.** The released code averages every tensor without exactly two axes (biases, normalisation,
 convolutions) and CLIP's text projection, and scales the average by :math:`\lambda`, too; a table of position embeddings
-is a matrix to it. Here a convolution's kernel is a matrix, as in `tsv`, unless it is depthwise; the rest is averaged.
+is a matrix to it. Here a convolution's kernel is a matrix, as in `tsv`, unless it is depthwise, and a table is none
+(`mergekit_lite.matrices`); the rest is averaged.
 
 **Small ranks.** r is the smaller side of the matrix. As in the released code, s is (r - k) / K rounded to a whole
 number and k takes up the rest; with few rows and many tasks s is 0, and Iso-CTS is Iso-C. Zero singular values have
@@ -34,13 +35,13 @@ no directions: the released code counts them and takes what the linear algebra l
 from the directions and from the mean.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
-from mergekit_lite.data_free.tsv import is_matrix, orthogonalise, singular_triples
+from mergekit_lite.checks import finite, number
+from mergekit_lite.data_free.tsv import orthogonalise, singular_triples
+from mergekit_lite.matrices import is_matrix
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors, float64
 
@@ -79,15 +80,14 @@ def iso_cts(tv: TaskVectors, *, scale: float = 1.0, common_fraction: float = 0.8
     Raises:
         ValueError: a scale that is not finite, or a share outside [0, 1].
     """
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}.")
-    if not 0 <= common_fraction <= 1:
+    finite("scale", scale)
+    if not 0 <= number("common_fraction", common_fraction) <= 1:
         raise ValueError(f"common_fraction is a share in [0, 1]; got {common_fraction}.")
 
     def merge(name: str, taus: Tensor) -> Tensor:
-        if not is_matrix(taus[0]):
+        if not is_matrix(taus[0], name):
             return scale * taus.mean(0)
-        return scale * merge_matrices(taus.flatten(2), common_fraction).view(taus.shape[1:]).to(taus)
+        return scale * merge_matrices(taus.flatten(2), common_fraction).reshape(taus.shape[1:]).to(taus)
 
     return tv.map(merge)
 

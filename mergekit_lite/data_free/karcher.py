@@ -39,11 +39,13 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
-from mergekit_lite.geometry import normalise
+from mergekit_lite.checks import count, finite, numbers, positive
+from mergekit_lite.geometry import SMALLEST_ANGLE, angle_of_rounding, normalise, vectors_of
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors, inner_products
 
 CORRECTIONS = 10_000  # of the perceptron: enough for points that are 0.6 degrees inside a hemisphere
+RESOLUTION = 1e-7  # shorter sums of unit vectors are zero: their squares are 1e-14, near the rounding of cosines
 
 
 @method(
@@ -77,39 +79,46 @@ def karcher(
 
     Raises:
         ValueError: another granularity, not K weights, a negative or non-finite number, weights that are all zero;
-            directions that do not lie in an open hemisphere; a mean that was not found in so many steps.
+            directions that do not lie in an open hemisphere, or by less than the weights' precision tells
+            (`angle_of_rounding`), as opposite ones; a mean that was not found in so many steps.
+        TypeError: what should be a number is none.
     """
     if granularity not in ("whole", "layer"):
         raise ValueError(f"granularity must be whole or layer; got '{granularity}'.")
-    w = torch.as_tensor([1.0] * len(tv) if weights is None else weights, dtype=torch.float64)
+    w = numbers("weights", [1.0] * len(tv) if weights is None else weights)
     if w.shape != (len(tv),) or not torch.isfinite(w).all() or (w < 0).any() or w.sum() == 0:
         raise ValueError(f"expected {len(tv)} weights, finite, not negative and not all zero; got {weights}.")
-    if not (torch.isfinite(torch.tensor(scale)) and tolerance > 0):
-        raise ValueError(f"scale must be finite and tolerance positive; got {scale} and {tolerance}.")
+    finite("scale", scale)
+    positive("tolerance", tolerance)
+    count("iterations", iterations)
     w = w / w.sum()
 
-    def merge(gram: Tensor, where: str) -> Tensor:
+    def merge(gram: Tensor, where: str, name: str | None = None) -> Tensor:
         """The coefficients of the task vectors in the merge."""
         gram, coefficients = gram.cpu(), torch.zeros_like(w)
         lengths = gram.diagonal().clamp(min=0).sqrt()
         points = (lengths > 0) & (w > 0)
         if points.any():
             cosines = normalise(gram)[points][:, points]
-            if not in_a_hemisphere(cosines, w[points]):
-                raise ValueError(f"{where} do not lie in an open hemisphere, so they have no spherical mean.")
+            margin = angle_of_rounding(tv, name) if (cosines < 0).any() else SMALLEST_ANGLE
+            if not in_a_hemisphere(cosines, w[points], margin):
+                raise ValueError(
+                    f"{where} do not lie in an open hemisphere, so they have no spherical mean: some are opposite, or "
+                    "all cancel each other, as far as the weights' precision tells."
+                )
             mean = spherical_mean(cosines, w[points] / w[points].sum(), iterations, tolerance)
             coefficients[points] = scale * (w @ lengths) * mean / lengths[points]
         return coefficients
 
     if granularity == "whole":
         coefficients = merge(tv.gram(), "the task vectors")
-        return tv.map_pieces(lambda place, taus: coefficients.to(taus) @ taus)
+        return tv.map_pieces(lambda place, taus: coefficients.to(taus) @ taus, shares=w)
 
     def merge_layer(name: str, taus: Tensor) -> Tensor:
-        coefficients = merge(inner_products(taus.reshape(len(taus), -1)), f"the task vectors of '{name}'")
+        coefficients = merge(inner_products(vectors_of(taus)), f"the task vectors of '{name}'", name)
         return torch.tensordot(coefficients.to(taus), taus, dims=1)
 
-    return tv.map(merge_layer)
+    return tv.map(merge_layer, shares=w)
 
 
 def spherical_mean(cosines: Tensor, weights: Tensor, iterations: int = 1000, tolerance: float = 1e-7) -> Tensor:
@@ -136,15 +145,21 @@ def spherical_mean(cosines: Tensor, weights: Tensor, iterations: int = 1000, tol
     raise ValueError(f"no mean in {iterations} steps: the last one was {arc:.1e} long. Allow more steps.")
 
 
-def in_a_hemisphere(cosines: Tensor, start: Tensor) -> bool:
+def in_a_hemisphere(cosines: Tensor, start: Tensor, margin: float = SMALLEST_ANGLE) -> bool:
     """Whether unit vectors with these inner products all lie on one side of some plane through the origin.
 
     The perceptron searches for the plane's normal Σ a_k u_k: as long as a point is on the wrong side, add it.
+
+    Args:
+        cosines: (K, K), in float64.
+        start: the first coefficients a, (K,), not negative.
+        margin: the angle, in radians, by which all of them must be farther from the plane.
     """
     a = start.clone()
     for _ in range(CORRECTIONS):
         side = cosines @ a
-        if (side > 0).all():
+        length = (a @ side).clamp(min=0).sqrt()
+        if length > RESOLUTION * a.sum() and (side > margin * length).all():
             return True
         a[side.argmin()] += 1
     return False

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import finite
 from mergekit_lite.data_free.consensus import multi_task_vector
 from mergekit_lite.data_free.depth import Depth, relative_depths
 from mergekit_lite.registry import Need, method
@@ -98,8 +99,8 @@ def scale_by_depth(tv: TaskVectors, *, shallow: float, deep: float, depth: Depth
 
 def scales_by_depth(names: Iterable[str], shallow: float, deep: float, depth: Depth | None = None) -> dict[str, float]:
     """The scale of every tensor: λ by name."""
-    if not torch.isfinite(torch.tensor([shallow, deep])).all():
-        raise ValueError(f"scales must be finite; got {shallow} and {deep}.")
+    finite("shallow", shallow)
+    finite("deep", deep)
     return {name: shallow + (deep - shallow) * relative for name, relative in relative_depths(names, depth).items()}
 
 

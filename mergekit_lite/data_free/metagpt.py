@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.geometry import vectors_of
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors, float64
 
@@ -59,10 +60,10 @@ def metagpt(tv: TaskVectors, *, granularity: str = "whole") -> StateDict:
     whole = coefficients(tv.gram().diagonal()) if granularity == "whole" else None
 
     def merge(name: str, taus: Tensor) -> Tensor:
-        scales = whole if whole is not None else coefficients(float64(taus.flatten(1)).square().sum(1))
+        scales = whole if whole is not None else coefficients(float64(vectors_of(taus)).square().sum(1))
         return torch.tensordot(scales.to(taus), taus, dims=1)
 
-    return tv.map(merge)
+    return tv.map(merge, shares=whole)
 
 
 def coefficients(squared_lengths: Tensor) -> Tensor:

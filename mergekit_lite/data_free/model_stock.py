@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import flag
 from mergekit_lite.geometry import grams, normalise, rows_of
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import Place, TaskVectors
@@ -63,12 +64,14 @@ def model_stock(tv: TaskVectors, *, granularity: str = "layer", clip: bool = Tru
     Raises:
         ValueError: another granularity; or, without `clip`, task vectors that cancel each other, so that t is not
             defined.
+        TypeError: `clip` is neither True nor False.
     """
+    flag("clip", clip)
     ratios = {name: ratio(gram, clip) for name, gram in grams(tv, granularity).items()}
 
     def merge_rows(name: str, taus: Tensor) -> Tensor:
         t = ratios[name].to(taus).unsqueeze(1)  # (rows, 1)
-        return (t * rows_of(taus).mean(0)).view(taus.shape[1:])
+        return (t * rows_of(taus).mean(0)).reshape(taus.shape[1:])
 
     def merge(place: Place, taus: Tensor) -> Tensor:
         t = ratios["whole" if granularity == "whole" else place.name]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import finite, number
 from mergekit_lite.registry import Need, method
 from mergekit_lite.selection import kth_smallest, magnitudes, rank_of
 from mergekit_lite.task_vectors import Place, TaskVectors
@@ -49,15 +50,17 @@ def pcb(tv: TaskVectors, *, density: float = 0.1, scale: float = 1.0, clip: floa
         The merged state dict.
 
     Raises:
-        ValueError: a hyperparameter outside its range.
+        ValueError: a hyperparameter outside its range, or models without any weights.
+        TypeError: what should be a number is none.
     """
-    if not 0 < density <= 1:
+    if not 0 < number("density", density) <= 1:
         raise ValueError(f"density is the share of entries to keep, in (0, 1]; got {density}.")
-    if not 0 <= clip < 0.5:
+    if not 0 <= number("clip", clip) < 0.5:
         raise ValueError(f"clip is a quantile in [0, 0.5), got {clip}.")
-    if not torch.isfinite(torch.tensor(scale)):
-        raise ValueError(f"scale must be finite, got {scale}.")
+    finite("scale", scale)
     d = tv.dimension
+    if d == 0:
+        raise ValueError("these models have no floating-point weights, so there are no scores to rank.")
     ranks = [rank_of(clip, d), rank_of(1 - clip, d)]
     sizes = kth_smallest(magnitudes(tv), ranks).unsqueeze(-1)  # smallest and largest: (2, K, 1)
 

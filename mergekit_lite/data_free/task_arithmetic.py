@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import finite, numbers
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors
 
@@ -42,7 +43,7 @@ def task_arithmetic(tv: TaskVectors, *, scale: float | Sequence[float] = 0.3) ->
     Raises:
         ValueError: a scale that is not finite, or neither one number nor K.
     """
-    scales = torch.as_tensor(scale, dtype=torch.float64)
+    scales = numbers("scale", scale)
     scales = scales.repeat(len(tv)) if scales.ndim == 0 else scales
     if scales.shape != (len(tv),):
         raise ValueError(f"expected one scale or {len(tv)} (one per task), got {scales.numel()}.")
@@ -68,7 +69,7 @@ def negation(tv: TaskVectors, *, forget: int | str = 0, scale: float = 1.0) -> S
         KeyError, IndexError: there is no such task.
         ValueError: the scale is not finite.
     """
-    return task_arithmetic(-tv[forget], scale=scale)
+    return task_arithmetic(-tv[forget], scale=finite("scale", scale))
 
 
 @method(name="Task analogy", paper=_PAPER, arxiv="2212.04089", year=2023, need=Need.WEIGHTS)
@@ -89,4 +90,5 @@ def analogy(tv: TaskVectors, *, a: int | str, b: int | str, c: int | str, scale:
         KeyError, IndexError: there is no such task.
         ValueError: the scale is not finite.
     """
+    scale = finite("scale", scale)
     return task_arithmetic(tv.subset([c, b, a]), scale=[scale, scale, -scale])

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import finite, number
+from mergekit_lite.geometry import vectors_of
 from mergekit_lite.registry import Need, method
 from mergekit_lite.selection import kth_smallest, magnitudes
 from mergekit_lite.task_vectors import TaskVectors
@@ -50,10 +52,10 @@ def ties(
         The merged state dict.
 
     Raises:
-        ValueError: density outside (0, 1], a scale that is not finite, another granularity or combination.
+        ValueError: density outside (0, 1], a scale that is not finite, another granularity or combination; models
+            without any weights.
+        TypeError: what should be a number is none.
     """
-    if not torch.isfinite(torch.tensor(scale)):
-        raise ValueError(f"scale must be finite, got {scale}.")
     return elect_and_merge(trim(tv, density, granularity), scale=scale, combine=combine)
 
 
@@ -69,15 +71,17 @@ def trim(tv: TaskVectors, density: float, granularity: str = "whole") -> TaskVec
         K task vectors to merge by any method; nothing is trimmed before they are read.
 
     Raises:
-        ValueError: density outside (0, 1], or another granularity.
+        ValueError: density outside (0, 1], another granularity, or no weights to take a share of.
     """
-    if not 0 < density <= 1:
+    if not 0 < number("density", density) <= 1:
         raise ValueError(f"density is the share of entries to keep, in (0, 1]; got {density}.")
     if granularity == "layer":
-        return tv.transform(lambda name, taus: keep_from(taus, _smallest_kept(taus.flatten(1).abs(), density)))
+        return tv.transform(lambda name, taus: keep_from(taus, _smallest_kept(vectors_of(taus).abs(), density)))
     if granularity != "whole":
         raise ValueError(f"granularity must be 'whole' or 'layer', got '{granularity}'.")
     d = tv.dimension
+    if d == 0:
+        raise ValueError("these models have no floating-point weights, so there is nothing to trim.")
     smallest = kth_smallest(magnitudes(tv), [d - kept(d, density) + 1])[0]
     return tv.transform_pieces(lambda place, taus: keep_from(taus, smallest))
 
@@ -115,8 +119,9 @@ def elect_and_merge(tv: TaskVectors, *, scale: float, combine: str = "mean") -> 
     r"""Steps 2 and 3 of TIES for task vectors that are sparse already: :math:`\theta_0 + \lambda\,\tau_m`.
 
     Raises:
-        ValueError: `combine` is neither ``"mean"`` nor ``"sum"``.
+        ValueError: `combine` is neither ``"mean"`` nor ``"sum"``, or the scale is not finite.
     """
+    finite("scale", scale)
     if combine not in ("mean", "sum"):
         raise ValueError(f"combine must be 'mean' or 'sum', got '{combine}'.")
 

@@ -12,7 +12,8 @@ singular vectors overlap. So, per matrix:
 4. merge: :math:`\theta = \theta_0 + \lambda\, U_\perp \Sigma V_\perp^\top`.
 
 A convolution's kernel is read as the matrix (outputs) x (inputs x height x width). Whatever is no
-matrix (biases, normalisation, depthwise kernels, whose rows see one channel each) is averaged.
+linear map (biases, normalisation, tables of positions, depthwise kernels, whose rows see one channel
+each) is averaged; `mergekit_lite.matrices` says what is one.
 
 **What the released code does differently.** It also averages convolutions (any tensor without exactly two axes) and
 CLIP's text projection. It rounds r/K down to zero where there are more tasks than rank, and leaves such a matrix at the
@@ -30,6 +31,8 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
+from mergekit_lite.checks import finite
+from mergekit_lite.matrices import is_matrix
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors, float64
 
@@ -57,20 +60,14 @@ def tsv(tv: TaskVectors, *, scale: float = 1.0) -> StateDict:
     Raises:
         ValueError: a scale that is not finite.
     """
-    if not torch.isfinite(torch.tensor(scale)):
-        raise ValueError(f"scale must be finite, got {scale}.")
+    finite("scale", scale)
 
     def merge(name: str, taus: Tensor) -> Tensor:
-        if not is_matrix(taus[0]):
+        if not is_matrix(taus[0], name):
             return scale * taus.mean(0)
-        return scale * merge_matrices(taus.flatten(2)).view(taus.shape[1:]).to(taus)
+        return scale * merge_matrices(taus.flatten(2)).reshape(taus.shape[1:]).to(taus)
 
     return tv.map(merge)
-
-
-def is_matrix(weight: Tensor) -> bool:
-    """Whether a weight maps many inputs to many outputs: linear layers and full convolutions."""
-    return weight.ndim >= 2 and weight.shape[1] > 1
 
 
 def merge_matrices(deltas: Tensor) -> Tensor:

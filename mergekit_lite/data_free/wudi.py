@@ -36,21 +36,32 @@ The lower loss need not be the better merge. Along inputs that all task vectors 
 openly by a *ridge*, which is not in the paper: it adds :math:`\rho\, \|\delta\|^2` to L, where :math:`\rho` is `ridge`
 times the mean eigenvalue of A. From 0 to infinity it leads from the minimum to the sum.
 
+**The shorter side.** A has a row and a column per input. Where there are more inputs than rows of all
+:math:`\tau_k` together (a wide layer, a convolution with many channels) it is not written out: with the rows of all
+:math:`\tau_k / \|\tau_k\|` under each other in U, and all :math:`(\tau_k - \sum_j \tau_j)\, \tau_k^\top / \|\tau_k\|`
+beside each other in B,
+
+.. math:: A = U^\top U, \quad C = B\, U, \qquad \delta A = (\delta\, U^\top)\, U, \qquad
+          C (A + \rho)^+ = B\, (U U^\top + \rho)^+\, U .
+
+So memory is never more than a few times that of the task vectors.
+
 **What is merged so.** The authors' code for vision transformers merges the matrices of attention and MLP and leaves
-everything else at the base (embeddings, biases, normalisation, projection). Here these are all matrices (with
-convolutions, but not depthwise ones) that `where` lets pass.
+everything else at the base (embeddings, biases, normalisation, projection). Here these are all linear maps
+(`mergekit_lite.matrices`: with convolutions, but not depthwise ones) that `where` lets pass.
 """
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
-from mergekit_lite.data_free.tsv import NEGLIGIBLE, is_matrix
+from mergekit_lite.checks import count, finite, not_negative
+from mergekit_lite.data_free.tsv import NEGLIGIBLE
 from mergekit_lite.geometry import Where
+from mergekit_lite.matrices import is_matrix
 from mergekit_lite.registry import Need, method
 from mergekit_lite.task_vectors import TaskVectors, float64
 
@@ -83,7 +94,7 @@ def wudi(
         learning_rate: of Adam, in units of weights.
         ridge: of the exact solution: how strongly it is held at the sum of the task vectors, in units of the mean
             eigenvalue of A.
-        where: ``where(name, theta0)`` says which matrices to merge so; by default all.
+        where: ``where(name, theta0)`` says which matrices to merge so; by default all linear maps.
         others: all other tensors are left at the ``"base"``, as in the authors' code, or take the ``"average"``.
 
     Returns:
@@ -91,14 +102,14 @@ def wudi(
 
     Raises:
         ValueError: another solver, or another word for `others`; a number that is negative or not finite.
+        TypeError: what should be a number is none.
     """
     if solver not in ("adam", "exact") or others not in ("base", "average"):
         raise ValueError(f"solver is adam or exact, and others is base or average; got '{solver}' and '{others}'.")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}.")
-    for name, number in (("steps", steps), ("learning_rate", learning_rate), ("ridge", ridge)):
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{name} must be finite and not negative; got {number}.")
+    finite("scale", scale)
+    steps = count("steps", steps)
+    not_negative("learning_rate", learning_rate)
+    not_negative("ridge", ridge)
 
     def merge(name: str, taus: Tensor) -> Tensor:
         if not is_chosen(name, tv.base[name], where):
@@ -108,7 +119,7 @@ def wudi(
             tau = minimum(matrices, ridge).to(taus)
         else:
             tau = next(islice(descent(matrices, learning_rate), steps, None))
-        return scale * tau.view(taus.shape[1:])
+        return scale * tau.reshape(taus.shape[1:])
 
     return tv.map(merge)
 
@@ -130,23 +141,58 @@ def loss(tau: Tensor, taus: Tensor) -> Tensor:
 
 def descent(taus: Tensor, learning_rate: float) -> Iterator[Tensor]:
     """Adam on L from the sum of the task vectors: yields the start, then the matrix after each step, without end."""
-    a, c = (matrix.to(taus) for matrix in quadratic(taus))
     start = taus.sum(0)
     correction = torch.zeros_like(start)
+    gradient = slope(taus)
     adam = torch.optim.Adam([correction], lr=learning_rate)
     while True:
         yield start + correction
-        correction.grad = 2 * (correction @ a - c)
+        correction.grad = gradient(correction)
         adam.step()
+
+
+def slope(taus: Tensor) -> Callable[[Tensor], Tensor]:
+    """The gradient 2 (δ A − C) of L as a function of the correction δ, for K task matrices (K, rows, columns)."""
+    if is_wide(taus):
+        u, b = factors(taus)
+        u, c = u.to(taus), (b @ u).to(taus)
+        return lambda correction: 2 * (correction @ u.T @ u - c)
+    a, c = (matrix.to(taus) for matrix in quadratic(taus))
+    return lambda correction: 2 * (correction @ a - c)
 
 
 def minimum(taus: Tensor, ridge: float = 0.0) -> Tensor:
     """The matrix with the least L plus ridge, for K task matrices (K, rows, columns), in float64."""
+    if is_wide(taus):
+        u, b = factors(taus)
+        values, vectors = strong(u @ u.T)
+        curvature = values + ridge * values.sum() / taus.shape[2]  # the mean of all, as the others are zero
+        return float64(taus).sum(0) + (b @ vectors / curvature) @ (vectors.T @ u)
     a, c = quadratic(taus)
-    values, vectors = torch.linalg.eigh(a)
-    strong = values > NEGLIGIBLE**2 * values[-1]  # the others are zero: no task vector has anything there
-    curvature, vectors = values[strong] + ridge * values.mean(), vectors[:, strong]
+    values, vectors = strong(a)
+    curvature = values + ridge * values.sum() / len(a)  # the mean of all, as the others are zero
     return float64(taus).sum(0) + (c @ vectors / curvature) @ vectors.T
+
+
+def strong(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,) and eigenvectors (size, n), without those that are zero: no task vector has anything there."""
+    values, vectors = torch.linalg.eigh(matrix)
+    chosen = values > NEGLIGIBLE**2 * values[-1]
+    return values[chosen], vectors[:, chosen]
+
+
+def is_wide(taus: Tensor) -> bool:
+    """Whether there are more columns than rows of all K task matrices (K, rows, columns) together."""
+    return taus.shape[2] > taus.shape[0] * taus.shape[1]
+
+
+def factors(taus: Tensor) -> tuple[Tensor, Tensor]:
+    """U (K rows, columns) and B (rows, K rows) of K task matrices (K, rows, columns), in float64."""
+    deltas = float64(taus)
+    total = deltas.sum(0)
+    directions = [unit(tau) for tau in deltas]
+    answers = [(tau - total) @ direction.T for tau, direction in zip(deltas, directions, strict=True)]
+    return torch.cat(directions), torch.cat(answers, dim=1)
 
 
 def quadratic(taus: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,4 +213,4 @@ def unit(tau: Tensor) -> Tensor:
 
 def is_chosen(name: str, weight: Tensor, where: Where | None) -> bool:
     """Whether this tensor is merged by its loss."""
-    return is_matrix(weight) and (where is None or where(name, weight))
+    return is_matrix(weight, name) and (where is None or where(name, weight))

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mergekit_lite.calibrated.blocks import NEGLIGIBLE, Block, Curvature, Kronecker, pseudo_inverse
-from mergekit_lite.calibrated.curvature import Batch, Layer, input_grams, reader
+from mergekit_lite.calibrated.curvature import Batch, input_grams
+from mergekit_lite.calibrated.layers import Layer, reader
 from mergekit_lite.calibrated.regmean import regmean
 from mergekit_lite.checkpoints import StateDict
 from mergekit_lite.data_free.average import average
-from mergekit_lite.data_free.tsv import is_matrix
+from mergekit_lite.matrices import is_matrix
 from mergekit_lite.suites.speed import keep_freed_memory, one_thread
 from mergekit_lite.suites.suite import Suite
 from mergekit_lite.task_vectors import TaskVectors, float64
@@ -172,7 +173,7 @@ def stand_ins(tv: TaskVectors) -> dict[str, Curvature]:
     r"""WUDI's stand-ins for Gram matrices, :math:`\tau_k^\top \tau_k` with trace 1, of all but depthwise weights."""
     grams: dict[str, dict[str, Kronecker]] = {task: {} for task in tv.names}
     for name, theta0, taus in tv.layers():
-        if is_matrix(theta0):
+        if is_matrix(theta0, name):
             for task, tau in zip(tv.names, float64(taus).flatten(2), strict=True):
                 grams[task][name] = Kronecker(inputs=(tau.T @ tau / tau.square().sum().clamp(min=TINY))[None])
     return {task: Curvature(blocks) for task, blocks in grams.items()}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoints import StateDict
-from mergekit_lite.data_free.tsv import is_matrix, orthogonalise, singular_triples
+from mergekit_lite.data_free.tsv import orthogonalise, singular_triples
+from mergekit_lite.matrices import is_matrix
 from mergekit_lite.task_vectors import TaskVectors, float64
 
 # Singular values (n,), falling, to singular values (n,).
@@ -84,7 +85,7 @@ def by_matrix(tv: TaskVectors, merge: Callable[[Tensor], Tensor]) -> StateDict:
     """Merge every matrix by a function of its task matrices (K, rows, columns), in float64; average the rest."""
 
     def merge_tensor(name: str, taus: Tensor) -> Tensor:
-        if not is_matrix(taus[0]):
+        if not is_matrix(taus[0], name):
             return taus.mean(0)
         return merge(float64(taus.flatten(2))).view(taus.shape[1:]).to(taus)
 
@@ -93,7 +94,7 @@ def by_matrix(tv: TaskVectors, merge: Callable[[Tensor], Tensor]) -> StateDict:
 
 def matrices(tv: TaskVectors) -> dict[str, Tensor]:
     """The task matrices (K, rows, columns) of every weight matrix by name, in float64; depthwise kernels are none."""
-    return {name: float64(taus.flatten(2)) for name, theta0, taus in tv.layers() if is_matrix(theta0)}
+    return {name: float64(taus.flatten(2)) for name, theta0, taus in tv.layers() if is_matrix(theta0, name)}
 
 
 def shared_inputs(deltas: Tensor) -> Tensor:

@@ -42,11 +42,16 @@ def problem(
 
 
 def merged_by_hand(tv: mkl.TaskVectors, coefficients: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """θ0 + Σ λ_k τ_k, one expert after another, from the state dicts themselves; differentiable in the coefficients."""
+    """θ0 + Σ λ_k τ_k, one expert after another, from the state dicts themselves; differentiable in the coefficients.
+
+    Statistics of normalisation are the mean of the experts'.
+    """
     merged = {}
     for name, theta0 in tv.base.items():
         merged[name] = theta0
-        if theta0.is_floating_point():
+        if "running" in name:
+            merged[name] = torch.stack([expert[name] for expert in tv._experts]).mean(0)
+        elif theta0.is_floating_point():
             for lam, expert in zip(coefficients(name), tv._experts, strict=True):
                 merged[name] = merged[name] + lam * (expert[name] - theta0)
     return merged

@@ -562,9 +562,13 @@ def test_only_what_is_asked_for(busy):
     every = mkl.diagonal_fisher(net, [(x, y)])
     some = mkl.diagonal_fisher(net, [(x, y)], names=["top.bias", "conv.weight"])
     assert_same(some, {name: every[name] for name in ("top.bias", "conv.weight")})
-    grams = mkl.input_grams(net, [x], names=["top.weight", "norm.weight", "idle.weight"])
+    grams = mkl.input_grams(net, [x], names=["top.weight", "norm.weight"])
     assert_same(grams, {"top.weight": mkl.input_grams(net, [x])["top.weight"]})
     assert len(mkl.input_grams(net, [x], names=["norm.weight"])) == 0
+    with pytest.raises(ValueError, match=r"inputs of 'idle\.weight': its layer was not called"):
+        mkl.input_grams(net, [x], names=["top.weight", "idle.weight"])
+    with pytest.raises(KeyError, match=r"no tensor 'conv\.wait'"):
+        mkl.input_grams(net, [x], names=["conv.wait"])
     with pytest.raises(KeyError, match=r"conv\.wait"):
         mkl.diagonal_fisher(net, [(x, y)], names=["conv.wait"])
 

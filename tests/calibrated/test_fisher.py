@@ -169,3 +169,22 @@ def test_wrong_input_says_why():
         mkl.fisher(tv, [fishers[0], {}])
     with pytest.raises(TypeError, match="no known diagonal; pass Diagonal or Kronecker blocks"):
         mkl.fisher(tv, of(lambda v: v, lambda v: v))
+
+
+@pytest.mark.parametrize("values", [[1.0, -1e-3], [-1.0, -2.0]])
+def test_negative_numbers_are_refused(values):
+    """A weight would go away from the experts, or a sum of weights be zero."""
+    with pytest.raises(ValueError, match="a curvature must not be negative; its smallest number is"):
+        mkl.Diagonal(torch.tensor(values))
+    upright = mkl.Kronecker(inputs=torch.eye(2)[None])
+    turned = mkl.Kronecker(inputs=torch.diag(torch.tensor(values))[None])
+    with pytest.raises(ValueError, match="the curvature of 'w' has negative numbers on a factor's diagonal"):
+        mkl.Curvature({"w": turned})
+    with pytest.raises(ValueError, match="the curvature of 'w' has negative or undefined numbers on its diagonal"):
+        mkl.fisher(layer(torch.ones(3, 2), torch.zeros(3, 2)), [{"w": upright}, {"w": turned}])
+
+
+def test_negative_numbers_in_a_file_are_refused(tmp_path):
+    path = mkl.save({"w:diagonal": torch.tensor([1.0, -1.0])}, tmp_path / "curvature.safetensors")
+    with pytest.raises(ValueError, match="a curvature must not be negative"):
+        mkl.Curvature.load(path)

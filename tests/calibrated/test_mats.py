@@ -458,7 +458,9 @@ def test_files_are_merged_as_models_are(tv, tmp_path, preconditioner):
         for k, name in enumerate(tv.names)
     }
     options = {"curvatures": curvatures, "preconditioner": preconditioner, "init": mkl.task_arithmetic(tv, scale=0.3)}
-    paths = [mkl.save(state, tmp_path / f"{k}.safetensors") for k, state in enumerate((tv.base, *tv._experts))]
+    files = ["base", *(f"expert {k}" for k in range(len(tv)))]
+    states = [tv.base, *(mkl.average(tv[k]) for k in range(len(tv)))]
+    paths = [mkl.save(dict(state), tmp_path / f"{f}.safetensors") for f, state in zip(files, states, strict=True)]
     merged = mkl.load(mkl.merge_files(mkl.mats, paths[0], paths[1:], tmp_path / "out.safetensors", **options))
     expected = mkl.mats(tv, **options)
     assert set(merged) == set(expected)
@@ -482,9 +484,9 @@ def test_tensors_without_numbers():
     ("options", "message"),
     [
         ({"preconditioner": "jacobian"}, "preconditioner must be one of none, jacobi, kronecker; got 'jacobian'"),
-        ({"iterations": -1}, "must not be negative; got -1"),
-        ({"tolerance": -1e-9}, "must not be negative"),
-        ({"tolerance": math.nan}, "must not be negative"),
+        ({"iterations": -1}, "iterations must be finite and not negative; got -1"),
+        ({"tolerance": -1e-9}, "tolerance must be finite and not negative"),
+        ({"tolerance": math.nan}, "tolerance must be finite and not negative"),
         ({"init": {"w": torch.ones(3, 4)}}, r"'w' has shape \(3, 4\) instead of \(4, 3\)"),
     ],
 )

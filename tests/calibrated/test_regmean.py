@@ -225,7 +225,9 @@ def test_tied_names_stay_tied():
 
 def test_files_are_merged_as_models_are(tv, tmp_path):
     grams = {name: {"3.weight": mkl.Kronecker(inputs=gram(1, 4, seed=k))} for k, name in enumerate(tv.names)}
-    paths = [mkl.save(state, tmp_path / f"{k}.safetensors") for k, state in enumerate((tv.base, *tv._experts))]
+    files = ["base", *(f"expert {k}" for k in range(len(tv)))]
+    states = [tv.base, *(mkl.average(tv[k]) for k in range(len(tv)))]
+    paths = [mkl.save(dict(state), tmp_path / f"{f}.safetensors") for f, state in zip(files, states, strict=True)]
     out = mkl.merge_files(mkl.regmean, paths[0], paths[1:], tmp_path / "out.safetensors", grams=grams, alpha=0.5)
     merged, expected = mkl.load(out), mkl.regmean(tv, grams, alpha=0.5)
     assert set(merged) == set(expected)

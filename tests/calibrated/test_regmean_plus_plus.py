@@ -281,7 +281,9 @@ def test_tied_names_stay_tied():
 
 def test_files_are_merged_as_models_are(net, tv, batches, tmp_path):
     batches = {f"expert {k}": parts for k, parts in enumerate(batches.values())}
-    paths = [mkl.save(state, tmp_path / f"{k}.safetensors") for k, state in enumerate((tv.base, *tv._experts))]
+    files = ["base", *(f"expert {k}" for k in range(len(tv)))]
+    states = [tv.base, *(mkl.average(tv[k]) for k in range(len(tv)))]
+    paths = [mkl.save(dict(state), tmp_path / f"{f}.safetensors") for f, state in zip(files, states, strict=True)]
     out = mkl.merge_files(
         mkl.regmean_plus_plus, paths[0], paths[1:], tmp_path / "out.safetensors", model=net, batches=batches
     )

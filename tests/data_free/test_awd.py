@@ -371,7 +371,59 @@ def test_what_cannot_be_meant_is_said():
         mkl.awd(tv, row_mean=True)
     with pytest.raises(ValueError, match="no tensor to measure"):
         mkl.awd(tv, where=lambda name, theta0: False)
-    with pytest.raises(ValueError, match="alpha must not be negative"):
+    with pytest.raises(ValueError, match="alpha must be finite and not negative"):
         mkl.awd(tv, alpha=-1.0)
-    with pytest.raises(ValueError, match="step must not be negative"):
+    with pytest.raises(ValueError, match="step must be finite and not negative"):
         mkl.awd(tv, step=float("nan"))
+
+
+# ---------------------------------------------------------------- zero task vectors
+
+
+def frozen(*shapes):
+    """Three experts, of which the first has not moved the first tensor, and the second is the base."""
+    generator = torch.Generator().manual_seed(0)
+    base = {f"w{i}": torch.randn(*shape, generator=generator) for i, shape in enumerate(shapes)}
+    experts = [{n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in base.items()} for _ in range(3)]
+    experts[0]["w0"] = base["w0"]
+    return mkl.TaskVectors(base, [experts[0], base, experts[2], experts[1]])
+
+
+@pytest.mark.parametrize("solver", ["trajectory", "exact"])
+@pytest.mark.parametrize("granularity", ["whole", "layer", "row"])
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_layer_that_an_expert_froze(solver, granularity, relative):
+    tv = frozen((6, 5), (4, 6), (3,), (2, 1, 3, 3))
+    found = mkl.disentangle(tv, solver=solver, granularity=granularity, relative=relative)
+    for values in (found.losses, found.cosines, found.lengths, *found.coefficients.values()):
+        assert torch.isfinite(values).all()
+    assert all(torch.isfinite(t).all() for t in mkl.awd(tv, solver=solver, granularity=granularity).values())
+
+
+@pytest.mark.parametrize("granularity", ["whole", "layer", "row"])
+def test_zero_task_vectors_take_no_part(granularity):
+    """δ is that of the others, found with their share 2 (2 - 1) / (4 (4 - 1)) of all pairs."""
+    tv = frozen((6, 5), (4, 6))
+    moved = tv.subset([2, 3])
+    zero = mkl.TaskVectors(tv.base, {"a": tv.base, "b": tv.base})
+    base = dict(tv.base)
+    both = [{n: base[n] + taus[k] for n, _, taus in moved.layers()} for k in range(2)]
+    mixed = mkl.TaskVectors(base, [both[0], base, both[1], base])
+    found = mkl.disentangle(mixed, granularity=granularity, step=0.01, alpha=0.1, iterations=40)
+    alone = mkl.disentangle(
+        mkl.TaskVectors(base, both), granularity=granularity, step=0.01 / 6, alpha=0.6, iterations=40
+    )
+    for name, c in found.coefficients.items():
+        torch.testing.assert_close(c[..., [0, 2]], alone.coefficients[name], rtol=1e-6, atol=1e-9)
+        assert not c[..., [1, 3]].any()
+    assert not mkl.disentangle(zero, granularity=granularity).lengths.any()
+
+
+def test_layers_without_entries():
+    base = {"empty": torch.zeros(0, 3), "scalar": torch.tensor(1.0), "w": torch.ones(2, 2)}
+    experts = [{n: t + k for n, t in base.items()} for k in (1.0, -0.5, 2.0)]
+    tv = mkl.TaskVectors(base, experts)
+    for solver in ("trajectory", "exact"):
+        for granularity in ("whole", "layer", "row"):
+            merged = mkl.awd(tv, solver=solver, granularity=granularity)
+            assert all(torch.isfinite(t).all() and t.shape == base[n].shape for n, t in merged.items())

@@ -137,6 +137,6 @@ def test_files_are_read_but_not_merged_into_one(tmp_path, base, experts, tv):
     from_files, expected = mkl.emr(mkl.TaskVectors(paths[0], paths[1:])), mkl.emr(tv)
     for task in expected:
         assert all(torch.equal(from_files[task][name], expected[task][name]) for name in expected[task])
-    with pytest.raises(TypeError, match="a model for each task makes no single file"):
+    with pytest.raises(TypeError, match=r"a model for each task .* no single file"):
         mkl.merge_files(mkl.emr, paths[0], paths[1:], tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()

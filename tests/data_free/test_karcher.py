@@ -192,5 +192,46 @@ def test_wrong_input(tv):
         mkl.karcher(tv, granularity="row")
     with pytest.raises(ValueError, match="scale must be finite"):
         mkl.karcher(tv, scale=math.inf)
-    with pytest.raises(ValueError, match="tolerance positive"):
+    with pytest.raises(ValueError, match="tolerance must be positive"):
         mkl.karcher(tv, tolerance=0.0)
+
+
+@pytest.mark.parametrize("granularity", ["whole", "layer"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_rounding_of_opposite_vectors_does_not_choose_a_direction(dtype, granularity):
+    """The second expert is the first one's mirror image, as far as its dtype goes; and a triangle that cancels."""
+    generator = torch.Generator().manual_seed(0)
+    theta0, first, second = torch.randn(3, 500, generator=generator, dtype=torch.float64)
+    mirrored = [theta0 + 0.1 * first, theta0 - 0.1 * first]
+    cancelling = [theta0 + 0.1 * first, theta0 + 0.1 * second, theta0 - 0.1 * (first + second)]
+    for experts in (mirrored, cancelling):
+        tv = mkl.TaskVectors({"w": theta0.to(dtype)}, [{"w": expert.to(dtype)} for expert in experts])
+        with pytest.raises(ValueError, match="some are opposite, or all cancel each other"):
+            mkl.karcher(tv, granularity=granularity)
+    with pytest.raises(ValueError, match="opposite"):
+        mkl.slerp(mkl.TaskVectors({"w": theta0.to(dtype)}, [{"w": expert.to(dtype)} for expert in mirrored]))
+
+
+def test_opposite_to_the_last_digit():
+    """Their cosine may come out as -1 + 1e-16, and their sum longer than zero."""
+    for seed in range(50):
+        tau = torch.randn(7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        tv = as_vectors(torch.stack([tau, -3 * tau]))
+        for merge in (mkl.karcher, mkl.slerp):
+            with pytest.raises(ValueError, match="opposite"):
+                merge(tv)
+
+
+def test_nearly_opposite_vectors_of_full_precision_have_a_mean():
+    """One degree from opposite, in float32 and float64: 89.5 degrees from both."""
+    angle = math.radians(179)
+    for dtype in (torch.float32, torch.float64):
+        tv = as_vectors(torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]], dtype=dtype))
+        expected = [math.cos(angle / 2), math.sin(angle / 2)]
+        for merge in (mkl.karcher, mkl.slerp):
+            assert merge(tv)["w"].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_vector_that_is_tiny_beside_the_others_has_its_direction():
+    tv = as_vectors(torch.tensor([[1e-9, 0.0], [0.0, 1.0]], dtype=torch.float64))
+    assert mkl.karcher(tv)["w"].tolist() == pytest.approx([math.sqrt(0.125)] * 2)

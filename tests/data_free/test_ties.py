@@ -70,7 +70,8 @@ def test_trim_is_over_the_whole_vector_or_per_tensor():
 @pytest.mark.parametrize("granularity", ["whole", "layer"])
 @pytest.mark.parametrize(("density", "kept"), [(1.0, 10), (0.5, 5), (0.2, 2), (1e-9, 1)])
 def test_trim_keeps_the_share_asked_for(density, kept, granularity):
-    tv = vectors(list(range(1, 11)), [-i for i in range(1, 11)])
+    entries = [float(i) for i in range(1, 11)]
+    tv = vectors(entries, [-entry for entry in entries])
     assert (trim(tv, density, granularity).flat() != 0).sum(1).tolist() == [kept, kept]
 
 

@@ -1,5 +1,6 @@
 """WUDI-Merging: the loss, its minimum, and the descent towards it."""
 
+import importlib
 import math
 from itertools import islice
 
@@ -7,11 +8,12 @@ import pytest
 import torch
 
 import mergekit_lite as mkl
-from mergekit_lite.data_free.tsv import is_matrix
-from mergekit_lite.data_free.wudi import descent, loss, losses, minimum, quadratic
+from mergekit_lite.data_free.wudi import descent, factors, is_wide, loss, losses, minimum, quadratic
+from mergekit_lite.matrices import is_matrix
 from tests.data_free.test_tsv import matrices, random
 
 SOLVERS = ["adam", "exact"]
+module = importlib.import_module("mergekit_lite.data_free.wudi")  # the package has a function of this name
 
 
 def row(*entries):
@@ -24,11 +26,16 @@ def row(*entries):
 def test_where_tasks_share_no_input_they_are_added_and_where_they_do_they_are_averaged():
     # τ1 reads inputs 1 and 2, τ2 reads inputs 2 and 3. Both solve (τ - τ_k) · τ_k = 0: τ has to answer 5 and 10.
     tau1, tau2 = row(1.0, 2.0, 0.0), row(0.0, 1.0, 3.0)
-    tau = mkl.wudi(matrices(tau1, tau2), solver="exact")["w"]
+    tau = minimum(torch.stack([tau1, tau2])).float()
     torch.testing.assert_close(tau @ torch.cat([tau1, tau2]).T, row(5.0, 10.0))
     # The same input alone cannot have two answers: 1 and 3 become 2.
-    torch.testing.assert_close(mkl.wudi(matrices(row(1.0, 0.0), row(3.0, 0.0)), solver="exact")["w"], row(2.0, 0.0))
-    torch.testing.assert_close(mkl.wudi(matrices(row(1.0, 0.0), row(0.0, 3.0)), solver="exact")["w"], row(1.0, 3.0))
+    pairs = [((1.0, 0.0), (3.0, 0.0)), ((1.0, 0.0), (0.0, 3.0))]
+    shared, apart = (minimum(torch.stack([row(*first), row(*second)])).float() for first, second in pairs)
+    torch.testing.assert_close(shared, row(2.0, 0.0))
+    torch.testing.assert_close(apart, row(1.0, 3.0))
+    # Two rows at once, by the method itself.
+    rows = [torch.tensor([first, first]) for pair in pairs[:1] for first in pair]
+    torch.testing.assert_close(mkl.wudi(matrices(*rows), solver="exact")["w"], torch.tensor([[2.0, 0.0]] * 2))
 
 
 def test_the_loss_by_hand():
@@ -227,3 +234,41 @@ def test_a_convolution_is_outputs_times_inputs():
 def test_arguments_make_sense(arguments, message, tv):
     with pytest.raises(ValueError, match=message):
         mkl.wudi(tv, **arguments)
+
+
+# ---------------------------------------------------------------- the shorter side
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 13), (2, 3, 40), (3, 2, 7), (1, 2, 5)])
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_wide_matrices_are_merged_by_their_rows_to_the_same(shape, ridge, monkeypatch):
+    taus = random(*shape)
+    taus[0, 0] = taus[0, 1]  # rows that depend on each other
+    assert is_wide(taus)
+    u, b = factors(taus)
+    a, c = quadratic(taus)
+    torch.testing.assert_close(u.T @ u, a)
+    torch.testing.assert_close(b @ u, c)
+    by_rows, steps = minimum(taus, ridge), list(islice(descent(taus, 0.01), 30))
+    monkeypatch.setattr(module, "is_wide", lambda taus: False)
+    torch.testing.assert_close(by_rows, minimum(taus, ridge), rtol=1e-9, atol=1e-10)
+    for mine, other in zip(steps, islice(descent(taus, 0.01), 30), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_no_matrix_has_a_row_and_a_column_per_input(solver, monkeypatch):
+    """40,000 inputs would take 12.8 GB; the task matrices take a megabyte."""
+    largest = 0
+    multiply = torch.Tensor.__matmul__
+
+    def watched(first, second):
+        nonlocal largest
+        product = multiply(first, second)
+        largest = max(largest, product.numel())
+        return product
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    merged = mkl.wudi(matrices(*random(2, 3, 40_000).float()), solver=solver, steps=2)
+    assert torch.isfinite(merged["w"]).all()
+    assert 0 < largest <= 2 * 3 * 40_000
