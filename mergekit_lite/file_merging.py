@@ -22,6 +22,7 @@ from mergekit_lite.task_vectors import TaskVectors
 from mergekit_lite.types import CheckpointError, PathLike, Weights
 from mergekit_lite.writing import TensorWriter, atomic_path, check_place, temporary_place, tied_names, tied_only
 
+SUFFIXES = re.compile(r"(\.(safetensors|pth|pt|bin|ckpt|pkl|tar|index|json))+$", re.IGNORECASE)
 SHARD = 5 << 30  # bytes in a shard at most, where nothing else is asked for
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -136,7 +137,7 @@ def _opened(path: Path, entry: str | None, what: str) -> Weights:
 
 def _names_of(paths: list[Path]) -> list[str]:
     """What experts are called: as their files, if these have different names."""
-    stems = [path.stem for path in paths]
+    stems = [SUFFIXES.sub("", path.name) or path.name for path in paths]
     return stems if len(set(stems)) == len(stems) else [f"expert {k}" for k in range(len(paths))]
 
 

@@ -158,12 +158,14 @@ def test_every_chapter_stands_in_the_book():
 
 
 def test_the_repositorys_address_is_the_same_everywhere():
-    address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    address, version = project["urls"]["Repository"], project["version"]
     config = yaml.safe_load((ROOT / "book" / "_config.yml").read_text())
     assert config["repository"]["url"] == address, "where the launch buttons lead"
     assert set(config["launch_buttons"]) >= {"binderhub_url", "colab_url"}
     for path in NOTEBOOKS:
-        assert f"%pip install --quiet git+{address}" in path.read_text(), "what Colab installs"
+        release = f"%pip install --quiet git+{address}@v{version}\""
+        assert release in path.read_text(), "what Colab installs: a release, not whatever is newest"
 
 
 def test_binder_installs_the_package():
