@@ -137,7 +137,7 @@ def _opened(path: Path, entry: str | None, what: str) -> Weights:
 
 def _names_of(paths: list[Path]) -> list[str]:
     """What experts are called: as their files, if these have different names."""
-    stems = [SUFFIXES.sub("", path.name) or path.name for path in paths]
+    stems = [SUFFIXES.sub("", path.name) if SUFFIXES.search(path.name) else path.stem for path in paths]
     return stems if len(set(stems)) == len(stems) else [f"expert {k}" for k in range(len(paths))]
 
 

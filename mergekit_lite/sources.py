@@ -78,6 +78,10 @@ class InMemory(Weights):
         for name in self:
             self[name]
 
+    def __reduce__(self) -> tuple[type[InMemory], tuple[StateDict, str]]:
+        self.check()  # a copy's tensors have versions of their own
+        return InMemory, (self._state, self._what)
+
 
 class Renamed(Weights):
     """The same tensors under other names.

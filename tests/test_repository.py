@@ -164,7 +164,7 @@ def test_the_repositorys_address_is_the_same_everywhere():
     assert config["repository"]["url"] == address, "where the launch buttons lead"
     assert set(config["launch_buttons"]) >= {"binderhub_url", "colab_url"}
     for path in NOTEBOOKS:
-        release = f"%pip install --quiet git+{address}@v{version}\""
+        release = f'%pip install --quiet git+{address}@v{version}"'
         assert release in path.read_text(), "what Colab installs: a release, not whatever is newest"
 
 

@@ -354,6 +354,16 @@ def test_task_vectors_of_files_can_be_sent_to_another_process(tmp_path):
     assert same(mkl.average(copy.deepcopy(tv)), ones(1.0))
 
 
+def test_task_vectors_in_memory_can_be_copied_and_sent():
+    base, expert = ones(0.0), small_net(1)
+    base["a.w"].add_(0.0)  # it has been worked with before
+    tv = mkl.TaskVectors(base, [{f"module.{name}": tensor.add_(0) for name, tensor in ones(2.0).items()}])
+    for copied in (copy.deepcopy(tv), pickle.loads(pickle.dumps(tv))):
+        assert same(mkl.average(copied), ones(2.0))
+    conditioned = copy.deepcopy(mkl.emr(mkl.TaskVectors(small_net(0), {"a": expert, "b": small_net(2)})))
+    assert set(conditioned["a"]) == set(expert.state_dict())
+
+
 # ---------------------------------------------------------------- what is no model
 
 
