@@ -42,7 +42,9 @@ def merge_files(
     Any method written with `TaskVectors.layers`, `gram` and `map` works unchanged: `map` writes each merged tensor to
     the output instead of collecting it. For an elementwise method on float32 files the memory in use stays below K + 2
     times the largest tensor (half-precision files are computed in float32 and so need twice their own size), however
-    many shards there are. Files that ``torch.save`` wrote cannot be read in parts and are held in memory.
+    many shards there are; what ranks all weights of a task vector (TIES, PCB) counts in a few MB more per expert.
+    Inputs must stay as they are meanwhile, and it is said if one does not. Files that ``torch.save`` wrote cannot be
+    read in parts and are held in memory.
 
     Args:
         method: a merging method, such as `mergekit_lite.task_arithmetic`.
