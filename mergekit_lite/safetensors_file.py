@@ -92,6 +92,9 @@ class SafetensorsFile(Weights):
         first, shape = self._stored_as[name], self.shape(name)
         return self._read(first, 0, shape.numel()).view(shape)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored_as
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored_as)
 

@@ -74,6 +74,9 @@ class ShardedCheckpoint(Weights):
     def __getitem__(self, name: str) -> Tensor:
         return self._memory[name] if name in self._memory else self._shard(name)[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 

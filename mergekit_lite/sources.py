@@ -46,6 +46,9 @@ class InMemory(Weights):
             )
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._state
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)
 
@@ -96,6 +99,9 @@ class Renamed(Weights):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._weights[self._names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

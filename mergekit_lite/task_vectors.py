@@ -395,7 +395,7 @@ class TaskVectors:
                 for place, stop in places(name, weights, device):
                     yield place, whole[place.start : stop], taus[:, place.start : stop]
                 continue
-            dtype, size = computing_dtype(self.base.dtype(name)), size_of_piece(weights, device)
+            dtype, size = computing_dtype(self.base.dtype(name)), min(weights, size_of_piece(weights, device))
             if room is None or room.dtype != dtype or room.shape[1] < size or room.device != device:
                 room = torch.empty((len(self._experts), size), dtype=dtype, device=device)
             base, experts = self.base.flat(name), [expert.flat(name) for expert in self._experts]

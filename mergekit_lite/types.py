@@ -31,6 +31,10 @@ class Weights(Mapping[str, Tensor]):
     """
 
     @abstractmethod
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of this name, without reading it (as a mapping's own answer would)."""
+
+    @abstractmethod
     def shape(self, name: str) -> torch.Size:
         """A tensor's shape, without reading it."""
 

@@ -364,6 +364,22 @@ def test_task_vectors_in_memory_can_be_copied_and_sent():
     assert set(conditioned["a"]) == set(expert.state_dict())
 
 
+def test_nothing_is_read_before_a_merge_and_everything_once(tmp_path, monkeypatch):
+    paths = [mkl.save(small_net(k).state_dict(), tmp_path / f"{k}.safetensors") for k in range(3)]
+    reads = []
+    read = SafetensorsFile._read
+    monkeypatch.setattr(
+        SafetensorsFile, "_read", lambda self, *where: (reads.append(self.path.name), read(self, *where))[1]
+    )
+    tv = mkl.TaskVectors(paths[0], paths[1:])
+    assert repr(tv)
+    assert "0.weight" in tv.base
+    assert reads == []
+    mkl.average(tv)
+    floats = sum(t.is_floating_point() for t in small_net(0).state_dict().values())
+    assert reads.count("1.safetensors") == reads.count("2.safetensors") == floats
+
+
 # ---------------------------------------------------------------- what is no model
 
 
